@@ -1,0 +1,19 @@
+"""The optimizer, its scores, its routing and its reference twin."""
+
+from .config import MoLFConfig
+from .factory import MoLFOptimizerFactory, create_molf_optimizer, molf_lora_config
+from .guards import NonFiniteGradientError
+from .molf_adamw import MoLFAdamW
+from .routing import Routing, RoutingRecorder, read_routing
+
+__all__ = [
+    "MoLFAdamW",
+    "MoLFConfig",
+    "MoLFOptimizerFactory",
+    "NonFiniteGradientError",
+    "Routing",
+    "RoutingRecorder",
+    "create_molf_optimizer",
+    "molf_lora_config",
+    "read_routing",
+]

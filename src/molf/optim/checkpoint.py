@@ -1,0 +1,64 @@
+"""Whether a saved optimizer state fits an optimizer. Looked at in full before anything is loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+_SETTINGS = ("expert", "expert_ranks", "scales", "score_fn", "top_k", "param_names")
+
+
+def check_loadable(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    """Compare settings, parameter names, state keys and shapes of a saved state with the optimizer's.
+
+    Raises:
+        ValueError: Naming the first thing that differs, with both values.
+    """
+    if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
+        raise ValueError("the optimizer state has no 'state' and 'param_groups': it was not saved by state_dict()")
+    saved_groups, groups = state_dict["param_groups"], optimizer.param_groups
+    if len(saved_groups) != len(groups):
+        names = [[group.get("expert", "?") for group in side] for side in (saved_groups, groups)]
+        raise ValueError(
+            f"the optimizer state has the groups {names[0]}, this optimizer has {names[1]}: use the same config"
+        )
+    for saved, own in zip(saved_groups, groups, strict=True):
+        for key in _SETTINGS:
+            if key not in saved or _plain(saved[key]) != _plain(own[key]):
+                difference = _difference(_plain(saved.get(key)), _plain(own[key]))
+                raise ValueError(f"the optimizer state was made with {key}={difference}: use the same config and model")
+        if len(saved["params"]) != len(own["params"]):
+            raise ValueError(f"the optimizer state's group {own['expert']} has other parameters: use the same model")
+    ids = [index for group in saved_groups for index in group["params"]]
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    own_names = [name for group in groups for name in group["param_names"]]
+    if ids != list(range(len(parameters))):
+        raise ValueError(
+            "the optimizer state numbers its parameters in another order: it was not saved by state_dict()"
+        )
+    for index, parameter, name in zip(ids, parameters, own_names, strict=True):
+        _check_entry(name, state_dict["state"].get(index, {}), optimizer.state[parameter])
+
+
+def _check_entry(name: str, saved: dict[str, Any], own: dict[str, Any]) -> None:
+    if saved.keys() != own.keys():
+        difference = sorted(saved.keys() ^ own.keys())
+        raise ValueError(f"the optimizer state of {name} differs in {difference}: use the same config and precision")
+    for key, value in own.items():
+        if not isinstance(saved[key], Tensor) or saved[key].shape != value.shape:
+            shape = tuple(getattr(saved[key], "shape", ()))
+            raise ValueError(f"{key} of {name} has shape {shape} in the optimizer state, here {tuple(value.shape)}")
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, (tuple, list)) else value
+
+
+def _difference(saved: Any, own: Any) -> str:
+    """Both values, or of two long lists the first entries that differ."""
+    if isinstance(saved, list) and isinstance(own, list) and len(own) > 8:
+        pairs = [(s, o) for s, o in zip(saved, own, strict=False) if s != o]
+        saved, own = pairs[0] if pairs else (f"{len(saved)} entries", f"{len(own)} entries")
+    return f"{saved!r}, this optimizer has {own!r}"

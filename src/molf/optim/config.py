@@ -1,0 +1,133 @@
+"""The configuration of MoLF and MoLF-Efficient."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+SCORE_FNS = ("epd", "pfn")
+
+
+def _help(text: str, default: Any) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class MoLFConfig:
+    """Which experts every target linear layer has, and how the optimizer routes among them.
+
+    Each target layer computes  y = W x + b + Σ_i s_i B_i A_i x.  With ``train_base`` the first expert,
+    "dense", is W (out, in) with its bias b (out,). Every entry of ``expert_ranks`` adds a LoRA expert
+    with A_i (r_i, in), B_i (out, r_i) and the scale s_i = alpha_i / sqrt(r_i) (``use_rslora``) or
+    alpha_i / r_i.
+
+    MoLF is ``MoLFConfig()``; MoLF-Efficient is ``MoLFConfig(expert_ranks=(32, 128), train_base=False)``.
+
+    Example:
+        >>> MoLFConfig(expert_ranks=(16, 64)).experts
+        ('dense', 'lora_r16', 'lora_r64')
+
+    Raises:
+        ValueError: If a field is out of its range; the message names field, value and remedy.
+
+    Source: arXiv:2605.07111, sections 4.2 to 4.4.
+    """
+
+    expert_ranks: Sequence[int] = _help("Rank of every LoRA expert, in order.", (128,))
+    lora_alpha: float | Sequence[float] | None = _help(
+        "alpha of the LoRA experts: a number, one per expert, or None for scale 2 at every rank.", None
+    )
+    use_rslora: bool = _help("Scale by alpha / sqrt(r) instead of alpha / r.", True)
+    target_modules: str | Sequence[str] = _help(
+        "Layers to route, with PEFT's meaning: 'all-linear' (without the output head), a regex, or name endings.",
+        "all-linear",
+    )
+    exclude_modules: str | Sequence[str] | None = _help("Layers to leave out, with PEFT's meaning.", None)
+    train_base: bool = _help("Whether every target layer has a dense expert.", True)
+    top_k: int = _help("How many experts of a layer are updated per step.", 1)
+    score_fn: str = _help("Routing score: 'epd' or 'pfn'.", "epd")
+    lr: float = _help("Learning rate of the dense expert and of what is not routed.", 5e-5)
+    lora_lr: float = _help("Learning rate of the LoRA experts.", 5e-5)
+    weight_decay: float = _help("Decoupled weight decay of W and of matrices that are not routed.", 0.1)
+    lora_weight_decay: float = _help("Decoupled weight decay of A and B.", 0.01)
+    betas: tuple[float, float] = _help("Decay rates of the two moments.", (0.9, 0.999))
+    eps: float = _help("Added to the root of the second moment, in the update and in the score.", 1e-8)
+    max_grad_norm: float | None = _help(
+        "Clip the global gradient norm, virtual LoRA gradients included, to this; None does not clip.", None
+    )
+    lora_dropout: float = _help("Dropout on the input of the LoRA experts; needs a PEFT adapter.", 0.0)
+    train_other: bool | None = _help(
+        "Train what is not routed; None means yes with a dense expert and no without one.", None
+    )
+
+    def __post_init__(self) -> None:
+        ranks = (self.expert_ranks,) if isinstance(self.expert_ranks, int) else tuple(self.expert_ranks)
+        object.__setattr__(self, "expert_ranks", ranks)
+        object.__setattr__(self, "betas", tuple(self.betas))
+        self._check_experts()
+        self._check_numbers()
+
+    def _check_experts(self) -> None:
+        for rank in self.expert_ranks:
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+                raise ValueError(f"expert_ranks={self.expert_ranks}: every rank must be a positive integer")
+        if not self.experts:
+            raise ValueError("expert_ranks=() with train_base=False leaves nothing to train: give at least one rank")
+        if not isinstance(self.top_k, int) or not 1 <= self.top_k <= len(self.experts):
+            raise ValueError(
+                f"top_k={self.top_k}: choose from 1 to {len(self.experts)}, the number of experts {self.experts}"
+            )
+        if self.score_fn not in SCORE_FNS:
+            raise ValueError(f"score_fn={self.score_fn!r}: choose one of {', '.join(SCORE_FNS)}")
+        if isinstance(self.lora_alpha, Sequence) and len(self.lora_alpha) != len(self.expert_ranks):
+            raise ValueError(
+                f"lora_alpha={tuple(self.lora_alpha)}: give one number, or one per expert of "
+                f"expert_ranks={self.expert_ranks}"
+            )
+        if not all(0 < scale < math.inf for scale in self.scales):
+            raise ValueError(f"lora_alpha={self.lora_alpha}: must be positive and finite")
+
+    def _check_numbers(self) -> None:
+        for name in ("lr", "lora_lr", "weight_decay", "lora_weight_decay"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name}={value}: must be finite and not negative")
+        if not 0 < self.eps < math.inf:
+            raise ValueError(f"eps={self.eps}: must be positive, because the score divides by sqrt(v) + eps")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas={self.betas}: give two numbers from 0 up to, not including, 1")
+        if self.max_grad_norm is not None and not 0 < self.max_grad_norm < math.inf:
+            raise ValueError(f"max_grad_norm={self.max_grad_norm}: must be positive; use None for no clipping")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout={self.lora_dropout}: must be from 0 up to, not including, 1")
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """Expert names in index order: "dense", "lora_r128", or "lora_r32[0]" where a rank repeats."""
+        ranks = tuple(self.expert_ranks)
+        names = []
+        for index, rank in enumerate(ranks):
+            repeat = f"[{ranks[:index].count(rank)}]" if ranks.count(rank) > 1 else ""
+            names.append(f"lora_r{rank}{repeat}")
+        return ("dense", *names) if self.train_base else tuple(names)
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """The scale s_i of every LoRA expert."""
+        if self.lora_alpha is None:
+            return (2.0,) * len(self.expert_ranks)
+        if isinstance(self.lora_alpha, Sequence):
+            alphas = tuple(self.lora_alpha)
+        else:
+            alphas = (self.lora_alpha,) * len(self.expert_ranks)
+        return tuple(
+            float(alpha / (math.sqrt(rank) if self.use_rslora else rank))
+            for alpha, rank in zip(alphas, self.expert_ranks, strict=True)
+        )
+
+    @property
+    def trains_other(self) -> bool:
+        """``train_other`` with its default resolved."""
+        return self.train_base if self.train_other is None else self.train_other

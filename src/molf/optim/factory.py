@@ -1,0 +1,154 @@
+"""Make the optimizer from a model: groups, slots, and PEFT's configuration for MoLF-Efficient."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from .config import MoLFConfig
+from .layout import RoutedModule, Slot
+from .modules import Target, apply_trainability, find_routed
+from .molf_adamw import MoLFAdamW
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+
+def create_molf_optimizer(model: nn.Module, config: MoLFConfig | None = None) -> MoLFAdamW:
+    """The MoLF optimizer of a model: the one line that turns fine-tuning into MoLF.
+
+    An ordinary model gets virtual LoRA experts: it stays as it is, and what is trained, evaluated and
+    saved is the same weight P = W + Σ s_i B_i A_i. A PEFT model made with ``molf_lora_config(config)``
+    has the experts in its adapter: MoLF-Efficient with ``train_base=False``, else the superposed MoLF.
+    ``requires_grad`` is set as the config says, so make the optimizer before the first backward pass.
+
+    Args:
+        model: Any ``nn.Module``, or a PEFT model with one LoRA adapter.
+        config: Experts and rates; None means ``MoLFConfig()``.
+
+    Raises:
+        ValueError: If the model cannot be routed this way; the message names the layer and the remedy.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 2))
+        >>> optimizer = create_molf_optimizer(model, MoLFConfig(expert_ranks=(2,)))
+        >>> optimizer.routed_modules
+        ['0', '2']
+
+    Source: arXiv:2605.07111, sections 4.2 to 4.4.
+    """
+    config = MoLFConfig() if config is None else config
+    targets = find_routed(model, config)
+    others = apply_trainability(model, targets, config)
+    groups = _expert_groups(config)
+    modules = [_add_target(groups, target, config) for target in targets]
+    for name, parameter in others:
+        _add(groups["other" if parameter.dim() >= 2 else "other_no_decay"], name, parameter)
+    kept = [group for group in groups.values() if group["params"] or group["expert"] in config.experts]
+    index = {group["expert"]: position for position, group in enumerate(kept)}
+    return MoLFAdamW(kept, config, [_routed(config, target, slots, index) for target, slots in modules])
+
+
+def _expert_groups(config: MoLFConfig) -> dict[str, dict[str, Any]]:
+    """Empty parameter groups by name: the experts first, in index order."""
+    rates: dict[str, tuple[float, float]] = {
+        expert: (config.lr, config.weight_decay) if expert == "dense" else (config.lora_lr, config.lora_weight_decay)
+        for expert in config.experts
+    }
+    rates |= {"dense_bias": (config.lr, 0.0), "base": (0.0, 0.0)}
+    rates |= {"other": (config.lr, config.weight_decay), "other_no_decay": (config.lr, 0.0)}
+    return {
+        name: {"params": [], "param_names": [], "expert": name, "lr": lr, "weight_decay": decay}
+        for name, (lr, decay) in rates.items()
+    }
+
+
+def _add(group: dict[str, Any], name: str, parameter: Any) -> tuple[str, int]:
+    group["params"].append(parameter)
+    group["param_names"].append(name)
+    return group["expert"], len(group["params"]) - 1
+
+
+def _add_target(
+    groups: dict[str, dict[str, Any]], target: Target, config: MoLFConfig
+) -> tuple[Target, dict[str, tuple[str, int]]]:
+    """Put a target's parameters in their groups; returns group name and position of each."""
+    slots = {}
+    if config.train_base or target.lora_A is None:
+        slots["weight"] = _add(groups["dense" if config.train_base else "base"], f"{target.name}.weight", target.weight)
+    if config.train_base and target.bias is not None:
+        slots["bias"] = _add(groups["dense_bias"], f"{target.name}.bias", target.bias)
+    if target.lora_A is not None:
+        group = groups[config.experts[int(config.train_base)]]
+        slots["lora_A"] = _add(group, f"{target.name}.lora_A", target.lora_A)
+        slots["lora_B"] = _add(group, f"{target.name}.lora_B", target.lora_B)
+    return target, slots
+
+
+def _routed(
+    config: MoLFConfig, target: Target, slots: dict[str, tuple[str, int]], index: dict[str, int]
+) -> RoutedModule:
+    places: dict[str, Slot | None] = dict.fromkeys(("weight", "bias", "lora_A", "lora_B"))
+    places |= {key: (index[group], position) for key, (group, position) in slots.items()}
+    outs, ins = target.dimensions
+    dense = [target.weight.numel() + (0 if target.bias is None else target.bias.numel())]
+    sizes = [rank * (outs + ins) for rank in config.expert_ranks]
+    return RoutedModule(
+        name=target.name,
+        transposed=target.transposed,
+        scaling=target.scaling,
+        sizes=tuple((dense if config.train_base else []) + sizes),
+        **places,
+    )
+
+
+def molf_lora_config(config: MoLFConfig, **kwargs: Any) -> LoraConfig:
+    """PEFT's ``LoraConfig`` for all LoRA experts of ``config`` as one adapter of rank R = Σ r_i.
+
+    The scales s_i are folded into B, so the adapter's own scaling alpha / R is 1, whatever the experts'.
+
+    Args:
+        config: Experts, targets and dropout.
+        **kwargs: Further fields of ``LoraConfig``, such as ``task_type="CAUSAL_LM"``.
+
+    Raises:
+        ValueError: If ``config`` has no LoRA expert, or ``kwargs`` sets what the experts decide.
+
+    Example:
+        config = MoLFConfig(expert_ranks=(32, 128), train_base=False)
+        model = get_peft_model(model, molf_lora_config(config, task_type="CAUSAL_LM"))
+
+    Source: arXiv:2605.07111, section 4.4.
+    """
+    from peft import LoraConfig
+
+    if not config.expert_ranks:
+        raise ValueError("expert_ranks=(): an adapter needs at least one LoRA expert")
+    total = sum(config.expert_ranks)
+    own = {
+        "r": total,
+        "lora_alpha": total,
+        "use_rslora": False,
+        "lora_dropout": config.lora_dropout,
+        "target_modules": config.target_modules
+        if isinstance(config.target_modules, str)
+        else list(config.target_modules),
+        "exclude_modules": config.exclude_modules,
+    }
+    clash = sorted(own.keys() & kwargs.keys())
+    if clash:
+        raise ValueError(f"{', '.join(clash)}: set by the experts of MoLFConfig; change the config instead")
+    return LoraConfig(**own, **kwargs)
+
+
+class MoLFOptimizerFactory:
+    """Makes the optimizer inside a Trainer, at the time when it needs one.
+
+    Example:
+        SFTTrainer(..., optimizer_cls_and_kwargs=(MoLFOptimizerFactory, {"config": config}))
+    """
+
+    def __call__(self, model: nn.Module, config: MoLFConfig | None = None) -> MoLFAdamW:
+        """``create_molf_optimizer(model, config)``; transformers calls ``factory()(model, **kwargs)``."""
+        return create_molf_optimizer(model, config)

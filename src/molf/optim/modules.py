@@ -1,0 +1,228 @@
+"""Which layers of a model are routed, and by which of its parameters.
+
+``find_routed`` understands two kinds of model: an ordinary ``nn.Module``, whose target layers get
+virtual LoRA experts, and a PEFT model, whose LoRA layers hold the experts as real parameters.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from .config import MoLFConfig
+
+_CLASSIFIER_HEADS = ("score", "classifier", "qa_outputs")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One routed layer as found in a model; (out, in) are the dimensions of its weight as a matrix.
+
+    Attributes:
+        name: Module name in the model.
+        weight: W, (out, in), or (in, out) if ``transposed`` (GPT-2's Conv1D).
+        bias: b, (out,), or None.
+        transposed: Whether the weight is stored as (in, out).
+        lora_A: The adapter's A, (R, in), or None where the LoRA experts are virtual.
+        lora_B: The adapter's B, (out, R), or None.
+        scaling: The factor that the adapter applies to B A.
+    """
+
+    name: str
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    transposed: bool
+    lora_A: nn.Parameter | None = None
+    lora_B: nn.Parameter | None = None
+    scaling: float = 1.0
+
+    @property
+    def dimensions(self) -> tuple[int, int]:
+        """(out, in), also of a weight that is quantised and packed."""
+        if self.lora_A is not None and self.lora_B is not None:
+            return self.lora_B.shape[0], self.lora_A.shape[1]
+        outs, ins = self.weight.shape
+        return (ins, outs) if self.transposed else (outs, ins)
+
+
+def find_routed(model: nn.Module, config: MoLFConfig) -> list[Target]:
+    """The layers of ``model`` that ``config`` routes, in module order.
+
+    Raises:
+        ValueError: If nothing matches, or if a matching layer cannot be routed; the message names it.
+    """
+    layers = [(name, module) for name, module in model.named_modules() if _is_lora_layer(module)]
+    if layers:
+        targets = [_adapter_target(name, module, config) for name, module in layers]
+    else:
+        targets = [_plain_target(name, module) for name, module in _matching(model, config)]
+        if config.lora_dropout and config.expert_ranks:
+            raise ValueError(
+                f"lora_dropout={config.lora_dropout}: virtual LoRA experts see no input to drop; use 0, or wrap the "
+                "model first: get_peft_model(model, molf_lora_config(config))"
+            )
+    if not targets:
+        raise ValueError(
+            f"target_modules={config.target_modules!r} with exclude_modules={config.exclude_modules!r} matches no "
+            f"layer of {type(model).__name__}: choose names from model.named_modules()"
+        )
+    _refuse_tied(model, targets, config)
+    _refuse_sparse(model)
+    for target in targets:
+        _check_weight(target, config)
+    return targets
+
+
+def _is_lora_layer(module: nn.Module) -> bool:
+    return hasattr(module, "base_layer") and bool(getattr(module, "lora_A", None))
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def _matching(model: nn.Module, config: MoLFConfig) -> list[tuple[str, nn.Module]]:
+    """Modules that the target patterns select; "all-linear" is every linear but the output head."""
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    patterns = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
+    if patterns == "all-linear":
+        heads = _output_heads(model)
+        patterns = [
+            name for name, m in model.named_modules() if (isinstance(m, nn.Linear) or _is_conv1d(m)) and m not in heads
+        ]
+    if not patterns:
+        return []
+    exclude = config.exclude_modules
+    rule = LoraConfig(
+        target_modules=patterns,
+        exclude_modules=exclude if exclude is None or isinstance(exclude, str) else list(exclude),
+    )
+    try:
+        return [(name, m) for name, m in model.named_modules() if name and check_target_module_exists(rule, name)]
+    except re.error as error:
+        raise ValueError(
+            f"target_modules={config.target_modules!r} or exclude_modules={exclude!r} is no regular expression: {error}"
+        ) from error
+
+
+def _output_heads(model: nn.Module) -> list[nn.Module]:
+    """The output head: a language model's, or else a classifier by its usual name."""
+    getter = getattr(model, "get_output_embeddings", None)
+    if getter is None:
+        return []
+    head = getter()
+    named = [getattr(model, name) for name in _CLASSIFIER_HEADS if hasattr(model, name)]
+    return [head] if head is not None else [m for child in named for m in child.modules()]
+
+
+def _plain_target(name: str, module: Any) -> Target:
+    transposed = _is_conv1d(module)
+    if not transposed and not isinstance(module, nn.Linear):
+        raise ValueError(
+            f"target_modules selects {name}, a {type(module).__name__}: only linear layers can be routed; "
+            "name linear layers, or leave it out with exclude_modules"
+        )
+    return Target(name, module.weight, module.bias, transposed)
+
+
+def _adapter_target(name: str, layer: Any, config: MoLFConfig) -> Target:
+    adapters = list(layer.lora_A.keys())
+    if len(adapters) != 1:
+        raise ValueError(
+            f"{name} has the LoRA adapters {adapters}: use one stacked adapter, "
+            "get_peft_model(model, molf_lora_config(config))"
+        )
+    key, base = adapters[0], layer.base_layer
+    transposed = _is_conv1d(base)
+    if not transposed and not isinstance(base, nn.Linear):
+        raise ValueError(f"{name} adapts a {type(base).__name__}: only linear layers can be routed; exclude it")
+    if getattr(layer, "use_dora", {}).get(key) or layer.lora_B[key].bias is not None:
+        raise ValueError(f"{name} uses DoRA or a LoRA bias: only plain LoRA can be routed; switch both off")
+    A, B = layer.lora_A[key].weight, layer.lora_B[key].weight
+    total = sum(config.expert_ranks)
+    if A.shape[0] != total:
+        raise ValueError(
+            f"expert_ranks={config.expert_ranks} (total rank {total}) does not fit the adapter of {name}, which has "
+            f"rank {A.shape[0]}: make it with molf_lora_config(config)"
+        )
+    return Target(name, base.weight, base.bias, transposed, A, B, float(layer.scaling[key]))
+
+
+def _check_weight(target: Target, config: MoLFConfig) -> None:
+    """Refuse a weight that cannot be trained, or that cannot hold P = W + Σ s B A."""
+    weight = target.weight
+    quantised = not weight.is_floating_point() or (
+        is_traceable_wrapper_subclass(weight.data) and type(weight.data).__name__ != "DTensor"
+    )
+    if quantised and (config.train_base or target.lora_A is None):
+        raise ValueError(
+            f"{target.name}.weight is quantised ({type(weight.data).__name__}, {weight.dtype}) and cannot be a dense "
+            "expert: use train_base=False with a PEFT adapter, or load the model without quantisation"
+        )
+    if target.lora_A is None and weight.dim() != 2:
+        raise ValueError(f"{target.name}.weight has shape {tuple(weight.shape)}, not (out, in): exclude it")
+
+
+def _refuse_tied(model: nn.Module, targets: Sequence[Target], config: MoLFConfig) -> None:
+    names: dict[Tensor, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[parameter].append(name)
+    for target in targets:
+        base = (target.weight, target.bias) if config.train_base or target.lora_A is None else ()
+        for parameter in (*base, target.lora_A, target.lora_B):
+            if parameter is not None and len(names[parameter]) > 1:
+                raise ValueError(
+                    f"{target.name} is routed but its weight is tied ({' = '.join(names[parameter])}): "
+                    "leave it out with exclude_modules, or untie the weights"
+                )
+
+
+def _refuse_sparse(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse and module.weight.requires_grad:
+            raise ValueError(f"{name} gives sparse gradients, which have no moments: make it with sparse=False")
+
+
+def apply_trainability(
+    model: nn.Module, targets: Sequence[Target], config: MoLFConfig
+) -> list[tuple[str, nn.Parameter]]:
+    """Set ``requires_grad`` as the config says and return the trainable parameters that are not routed.
+
+    PEFT freezes every base parameter when it wraps a model, so on a PEFT model the config alone decides;
+    on an ordinary model a parameter that the user froze and that is not routed stays frozen. Modules
+    named in PEFT's ``modules_to_save`` were asked for by name and train unless ``train_other=False``.
+    """
+    routed: set[Tensor] = set()
+    for target in targets:
+        virtual = target.lora_A is None
+        for parameter, trains in (
+            (target.weight, config.train_base or virtual),
+            (target.bias, config.train_base),
+            (target.lora_A, True),
+            (target.lora_B, True),
+        ):
+            if parameter is not None:
+                routed.add(parameter)
+                if parameter.is_floating_point():
+                    parameter.requires_grad_(trains)
+    adapted = any(target.lora_A is not None for target in targets)
+    others = []
+    for name, parameter in model.named_parameters():
+        if parameter in routed or not parameter.is_floating_point():
+            continue
+        saved = ".modules_to_save." in name and config.train_other is not False
+        if not config.trains_other:
+            parameter.requires_grad_(saved and parameter.requires_grad)
+        elif adapted and ".original_module." not in name:
+            parameter.requires_grad_(True)
+        if parameter.requires_grad:
+            others.append((name, parameter))
+    return others

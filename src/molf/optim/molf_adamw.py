@@ -1,0 +1,401 @@
+"""MoLFAdamW: AdamW that decides, per layer and step, which expert's update is applied.
+
+The mathematics is in ``reference.py``, line by line; this file does the same on two identities.
+
+(a) Virtual experts. An ordinary layer holds P = W + Σ s_i B_i A_i as its weight. With G = dL/dP:
+    dL/dW = G,  dL/dA_i = s_i B_iᵀ G,  dL/dB_i = s_i G A_iᵀ.  W, A, B live in ``state``.
+(b) Real experts. A PEFT adapter with scaling c holds A = [A_1; A_2; ...] and B̃ = [f_1 B_1 | f_2 B_2 | ...]
+    with f_i = s_i / c, so that c B̃ A = Σ s_i B_i A_i.  dL/dB_i = f_i dL/dB̃_i, and ΔB̃_i = f_i ΔB_i.
+
+Either way a module has one stacked pair A (R, in), B (out, R) with R = Σ r_i; the expert of each rank
+is a segment vector, scores are per-rank sums reduced by segment, updates are masked per rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .adamw import Coefficients, Trained, adamw_, score_terms, update_moments_
+from .checkpoint import check_loadable
+from .config import MoLFConfig
+from .guards import clip_factor, gradient_norm
+from .layout import RoutedModule, Slot
+from .routing import Decision, Routing, decide
+
+
+class MoLFAdamW(Optimizer):
+    """AdamW with MoLF's routing. Make one with ``create_molf_optimizer(model, config)``.
+
+    Every step, for every routed module: moments of all experts advance; every expert is scored from
+    its moments; the ``top_k`` best take a full AdamW step, the others keep their weights bit for bit.
+    Parameters that are not routed take an ordinary AdamW step.
+
+    ``param_groups`` has one group per expert (key "expert": "dense", "lora_r128", ...), whose ``lr`` and
+    ``weight_decay`` are that expert's, "dense_bias" without decay, and "other" / "other_no_decay".
+    Groups of virtual experts hold no parameter, only their ``lr`` and ``weight_decay``; the parameters of a stacked
+    adapter are in the first LoRA expert's group. Any scheduler works on them.
+
+    ``state[weight]`` holds ``step``, ``exp_avg``, ``exp_avg_sq`` and, for virtual experts, ``base`` (W, laid
+    out like the weight), ``lora_A`` (R, in), ``lora_B`` (out, R, true B_i without the scale) and their moments.
+    Moments are fp32 for models in bf16 or fp16, and every trained value then has an fp32 master, ``base``.
+
+    Args:
+        params: Parameter groups with the key "expert".
+        config: Experts, scales, scores and rates.
+        modules: The routed modules as slots of ``params``.
+
+    Raises:
+        ValueError: For an unsupported setting; the message names the remedy.
+
+    Source: arXiv:2605.07111, sections 4.2 to 4.5.
+    """
+
+    def __init__(
+        self, params: Iterable[dict[str, Any]], config: MoLFConfig, modules: Sequence[RoutedModule] = ()
+    ) -> None:
+        self.config = config
+        self.experts = config.experts
+        self.modules = tuple(modules)
+        self.decision: Decision | None = None
+        self._host_decision: tuple[list[list[float]], list[list[int]]] | None = None
+        self._awaits_gradient: set[str] = set()
+        self._coefficients: dict[tuple[Any, ...], Coefficients] = {}
+        ranks = torch.tensor(config.expert_ranks, dtype=torch.long)
+        self._segments = torch.arange(len(ranks)).repeat_interleave(ranks)
+        defaults = {
+            "lr": config.lr,
+            "weight_decay": 0.0,
+            "betas": config.betas,
+            "eps": config.eps,
+            "expert_ranks": config.expert_ranks,
+            "scales": config.scales,
+            "score_fn": config.score_fn,
+            "top_k": config.top_k,
+            "expert": "other",
+        }
+        super().__init__(params, defaults)
+        for module in self.modules:
+            if module.lora_A is None and config.expert_ranks:
+                self._make_virtual_experts(module)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group and make the state of its parameters at once."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for parameter in group["params"]:
+            state = self.state[parameter]
+            state["step"] = torch.tensor(0.0)
+            dtype = _moment_dtype(parameter)
+            if dtype != parameter.dtype:
+                state["base"] = parameter.detach().to(dtype, copy=True)
+            if group["expert"] != "base":
+                state["exp_avg"] = torch.zeros_like(parameter, dtype=dtype)
+                state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=dtype)
+
+    @torch.no_grad()
+    def _make_virtual_experts(self, module: RoutedModule) -> None:
+        """A ~ kaiming_uniform(a=√5), B = 0, moments 0, and the base beside P.  Source: section 4.2."""
+        weight = self._parameter(module.slots[0])
+        state, rank = self.state[weight], len(self._segments)
+        outs, ins = reversed(weight.shape) if module.transposed else weight.shape
+        dtype = _moment_dtype(weight)
+        state["base"] = weight.detach().to(dtype, copy=True)
+        state["lora_A"] = torch.empty(rank, ins, dtype=dtype, device=weight.device)
+        torch.nn.init.kaiming_uniform_(state["lora_A"], a=math.sqrt(5))
+        state["lora_B"] = torch.zeros(outs, rank, dtype=dtype, device=weight.device)
+        for name in ("lora_A", "lora_B"):
+            for moment in ("exp_avg", "exp_avg_sq"):
+                state[f"{name}_{moment}"] = torch.zeros_like(state[name])
+
+    @property
+    def routed_modules(self) -> list[str]:
+        """Names of the routed modules, in model order."""
+        return [module.name for module in self.modules]
+
+    @property
+    def steps_taken(self) -> int:
+        """Number of optimizer steps so far."""
+        return max((int(state["step"]) for state in self.state.values()), default=0)
+
+    @property
+    def host_decision(self) -> tuple[list[list[float]], list[list[int]]]:
+        """Scores and winning expert indices of the last step as lists; copied from the device once per step."""
+        if self.decision is None:
+            raise RuntimeError("no routing yet: call step() first")
+        if self._host_decision is None:
+            self._host_decision = self.decision.to_host()
+        return self._host_decision
+
+    @property
+    def routing(self) -> Mapping[str, Routing]:
+        """Experts, scores and winners of the last step for every module that had a gradient; empty before it."""
+        if self.decision is None:
+            return {}
+        scores, winners = self.host_decision
+        return {
+            name: Routing(self.experts, tuple(row), tuple(self.experts[index] for index in best))
+            for name, row, best in zip(self.decision.modules, scores, winners, strict=True)
+        }
+
+    # --- the step -----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Advance all moments, route, update the winners.
+
+        Raises:
+            NonFiniteGradientError: If a gradient is NaN or infinite; nothing has changed then.
+            RuntimeError: If, after a resume, a module that always had gradients no longer gets one.
+            ValueError: If a closure is given, or a gradient is sparse.
+        """
+        if closure is not None:
+            raise ValueError("closure: MoLFAdamW needs gradients of one forward pass; call step() without a closure")
+        self._coefficients.clear()
+        active = [module for module in self.modules if self._has_gradients(module)]
+        self._check_resumed({module.name for module in active})
+        clip = self._check_gradients(active)
+        if active:
+            sums = torch.stack([self._track(module, clip) for module in active])
+            self.decision = decide(
+                tuple(module.name for module in active), self._scores(active, sums), self.config.top_k
+            )
+            self._host_decision = None
+            for module, winners in zip(active, self.decision.mask, strict=True):
+                self._update(module, winners)
+        self._step_other(clip)
+
+    def _track(self, module: RoutedModule, clip: float) -> Tensor:
+        """Universal momentum tracking; returns what the scores sum over each expert's elements, (E,)."""
+        sums = []
+        for slot in module.slots:
+            self.state[self._parameter(slot)]["step"] += 1
+        if self.config.train_base:
+            group = self._group("dense")
+            terms = []
+            for slot in module.dense_slots:
+                parameter = self._parameter(slot)
+                tensor = self._trained(parameter)
+                update_moments_(tensor, _scaled(parameter.grad, tensor, clip), group["betas"])
+                terms.append(score_terms(tensor, group["eps"], self.config.score_fn).sum())
+            sums.append(torch.stack(terms).sum(0, keepdim=True))
+        if self.config.expert_ranks:
+            group = self._group(self._lora_experts[0])
+            per_rank = []
+            for tensor, grad, dim in zip(self._pair(module), self._pair_gradients(module, clip), (1, 0), strict=True):
+                update_moments_(tensor, grad, group["betas"])
+                per_rank.append(score_terms(tensor, group["eps"], self.config.score_fn).sum(dim))
+            zeros = per_rank[0].new_zeros(len(self._lora_experts))
+            sums.append(zeros.index_add_(0, self._segments.to(zeros.device), per_rank[0] + per_rank[1]))
+        return torch.cat(sums)
+
+    def _scores(self, active: Sequence[RoutedModule], sums: Tensor) -> Tensor:
+        """Scores (M, E) from the sums: (η_i / N_i) Σ for "epd", √(Σ / N_i) for "pfn".  Source: section 4.3."""
+        rates = [float(self._group(expert)["lr"]) for expert in self.experts]
+        if self.config.score_fn == "epd":
+            factors = [[rate / size for rate, size in zip(rates, m.sizes, strict=True)] for m in active]
+            return sums * sums.new_tensor(factors)
+        return (sums / sums.new_tensor([module.sizes for module in active])).sqrt_()
+
+    def _update(self, module: RoutedModule, winners: Tensor) -> None:
+        """AdamW for the winners, (E,) bool; then P follows.
+
+        On the CPU reading the winners is free and losers are skipped; elsewhere they are masked, without a sync.
+        """
+        known = winners.tolist() if winners.device.type == "cpu" else None
+        first = int(self.config.train_base)
+        for slot in module.dense_slots if self.config.train_base else ():
+            if known is None or known[0]:
+                group, parameter = self.param_groups[slot[0]], self._parameter(slot)
+                tensor = self._trained(parameter)
+                c = self._coefficients_of([group], tensor, self.state[parameter]["step"])
+                adamw_(tensor, c, None if known else winners[0])
+        if self.config.expert_ranks and (known is None or any(known[first:])):
+            mask = None if known and all(known[first:]) else winners[first:][self._segments.to(winners.device)]
+            groups = [self._group(expert) for expert in self._lora_experts]
+            step = self.state[self._parameter(module.slots[-1])]["step"]
+            A, B = self._pair(module)
+            c = self._coefficients_of(groups, A, step)
+            adamw_(A, c.by_row(), None if mask is None else mask[:, None])
+            c = self._coefficients_of(groups, B, step, module.folds(self.config.scales))
+            adamw_(B, c, mask)
+        self._write(module)
+
+    def _step_other(self, clip: float) -> None:
+        """AdamW for what is not routed."""
+        for group in self.param_groups:
+            if not group["expert"].startswith("other"):
+                continue
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state, tensor = self.state[parameter], self._trained(parameter)
+                state["step"] += 1
+                update_moments_(tensor, _scaled(parameter.grad, tensor, clip), group["betas"])
+                c = self._coefficients_of([group], tensor, state["step"])
+                adamw_(tensor, c)
+                if "base" in state:
+                    parameter.copy_(state["base"])
+
+    def _write(self, module: RoutedModule) -> None:
+        """The model's tensors follow the state: P ← W + Σ s_i B_i A_i, and what has an fp32 master."""
+        for slot in module.slots:
+            parameter = self._parameter(slot)
+            state = self.state[parameter]
+            if slot == module.weight and "lora_A" in state:
+                scaled_B = state["lora_B"] * self._per_rank(self.config.scales, state["lora_B"])
+                left, right = (state["lora_A"].T, scaled_B.T) if module.transposed else (scaled_B, state["lora_A"])
+                parameter.copy_(torch.addmm(state["base"], left, right))
+            elif "base" in state:
+                parameter.copy_(state["base"])
+
+    @torch.no_grad()
+    def sync_weights(self) -> None:
+        """Rewrite every weight of the model from the state, after someone has written to the state."""
+        for module in self.modules:
+            self._write(module)
+        for group in self.param_groups:
+            for parameter in group["params"] if group["expert"].startswith("other") else ():
+                if "base" in self.state[parameter]:
+                    parameter.copy_(self.state[parameter]["base"])
+
+    # --- tensors of a module ------------------------------------------------------------------------
+
+    def _parameter(self, slot: Slot) -> Tensor:
+        return self.param_groups[slot[0]]["params"][slot[1]]
+
+    def _group(self, expert: str) -> dict[str, Any]:
+        return next(group for group in self.param_groups if group["expert"] == expert)
+
+    def _trained(self, parameter: Tensor) -> Trained:
+        state = self.state[parameter]
+        return Trained(state.get("base", parameter), state["exp_avg"], state["exp_avg_sq"])
+
+    def _pair(self, module: RoutedModule) -> tuple[Trained, Trained]:
+        """The stacked A (R, in) and B (out, R) with their moments."""
+        if module.lora_A is not None and module.lora_B is not None:
+            return self._trained(self._parameter(module.lora_A)), self._trained(self._parameter(module.lora_B))
+        state = self.state[self._parameter(module.slots[0])]
+        return (
+            Trained(state["lora_A"], state["lora_A_exp_avg"], state["lora_A_exp_avg_sq"]),
+            Trained(state["lora_B"], state["lora_B_exp_avg"], state["lora_B_exp_avg_sq"]),
+        )
+
+    def _pair_gradients(self, module: RoutedModule, clip: float) -> tuple[Tensor, Tensor]:
+        """dL/dA (R, in) and dL/dB (out, R): the adapter's, or from G = dL/dP as in identity (a)."""
+        A, B = self._pair(module)
+        if module.lora_A is not None and module.lora_B is not None:
+            grad_A = _scaled(self._parameter(module.lora_A).grad, A, clip)
+            grad_B = _scaled(self._parameter(module.lora_B).grad, B, clip)
+            return grad_A, grad_B * self._per_rank(module.folds(self.config.scales), grad_B)
+        G = _scaled(self._parameter(module.slots[0]).grad, B, clip)
+        G = G.T if module.transposed else G
+        scales = self._per_rank(self.config.scales, G)
+        return (B.value * scales).T @ G, (G @ A.value.T) * scales
+
+    def _per_rank(self, per_expert: Sequence[float], like: Tensor) -> Tensor:
+        """One number per LoRA expert, spread over the rank axis, (R,)."""
+        return like.new_tensor(per_expert)[self._segments.to(like.device)]
+
+    @property
+    def _lora_experts(self) -> tuple[str, ...]:
+        return self.experts[int(self.config.train_base) :]
+
+    def _coefficients_of(
+        self, groups: Sequence[Mapping[str, Any]], tensor: Trained, step: Tensor, folds: tuple[float, ...] = (1.0,)
+    ) -> Coefficients:
+        """Decay and step size per group, spread over the ranks where the groups are LoRA experts'."""
+        n, value = float(step), tensor.value
+        key = (tuple(id(group) for group in groups), n, folds, value.dtype, value.device)
+        if key not in self._coefficients:
+            beta1, beta2 = groups[0]["betas"]
+            rates = [float(group["lr"]) for group in groups]
+            decays = [1 - rate * group["weight_decay"] for rate, group in zip(rates, groups, strict=True)]
+            folds = folds * len(groups) if len(folds) == 1 else folds
+            sizes = [-(rate / (1 - beta1**n)) * fold for rate, fold in zip(rates, folds, strict=True)]
+            lora = groups[0]["expert"] in self._lora_experts
+            decay, size = (self._per_rank(x, value) if lora else value.new_tensor(x[0]) for x in (decays, sizes))
+            self._coefficients[key] = Coefficients(decay, size, (1 - beta2**n) ** 0.5, groups[0]["eps"])
+        return self._coefficients[key]
+
+    # --- guards -------------------------------------------------------------------------------------
+
+    def _has_gradients(self, module: RoutedModule) -> bool:
+        present = [self._parameter(slot).grad is not None for slot in module.slots]
+        if any(present) and not all(present):
+            raise RuntimeError(
+                f"{module.name}: some of its weight, bias and adapter have a gradient and some have none; "
+                "set requires_grad on all of them, or make the optimizer after freezing"
+            )
+        return all(present)
+
+    def _check_gradients(self, active: Sequence[RoutedModule]) -> float:
+        """The clipping factor min(1, c / (‖g‖ + 1e-6)), after a look that every gradient is finite.
+
+        The norm is over the gradients of all trained tensors: W, b, every A and B, and what is not routed.
+        """
+        found: list[tuple[str, Tensor, bool]] = []
+        for group in self.param_groups:
+            for name, parameter in zip(group["param_names"], group["params"], strict=True):
+                if parameter.grad is not None:
+                    if parameter.grad.is_sparse:
+                        raise ValueError(f"{name} has a sparse gradient, which has no moments: make its layer dense")
+                    counts = group["expert"] != "base" and group["expert"] not in self._lora_experts
+                    found.append((name, gradient_norm(parameter.grad), counts))
+        limit = self.config.max_grad_norm
+        if limit is not None and self.config.expert_ranks:
+            for module in active:
+                found += [(module.name, gradient_norm(grad), True) for grad in self._pair_gradients(module, 1.0)]
+        return clip_factor(found, limit)
+
+    def _check_resumed(self, active: set[str]) -> None:
+        """After a resume, every module that had taken part in all steps must take part again."""
+        lost = sorted(self._awaits_gradient - active)
+        if lost:
+            raise RuntimeError(
+                f"after the resume no gradient reaches {lost[0]} ({len(lost)} of {len(self.modules)} routed modules), "
+                "which had one in every step before: the optimizer holds parameters that the model does not use; "
+                "make the optimizer from the model that is trained"
+            )
+        self._awaits_gradient = set()
+
+    # --- saving -------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore a state saved by ``state_dict``, every tensor in the precision that this optimizer keeps it in.
+
+        torch casts the state of a bf16 parameter to bf16 on load; here masters and moments stay fp32, and
+        the next step is bit-identical to the uninterrupted run's. Nothing changes if an error is raised.
+
+        Raises:
+            ValueError: If the state is of other experts, another score or other parameters.
+        """
+        check_loadable(self, state_dict)
+        kept = self.state
+        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
+        self.state = kept
+        for index, parameter in enumerate(p for group in self.param_groups for p in group["params"]):
+            for key, value in state_dict["state"][index].items():
+                device = value.device if key == "step" else parameter.device
+                self.state[parameter][key] = value.to(device, self.state[parameter][key].dtype, copy=True)
+        steps = {module.name: int(self.state[self._parameter(module.slots[0])]["step"]) for module in self.modules}
+        self._awaits_gradient = {name for name, taken in steps.items() if taken == self.steps_taken > 0}
+
+
+def _moment_dtype(parameter: Tensor) -> torch.dtype:
+    """fp32 for parameters in a 16-bit format, their own dtype otherwise."""
+    return torch.float32 if parameter.dtype in (torch.bfloat16, torch.float16) else parameter.dtype
+
+
+def _scaled(grad: Tensor | None, tensor: Trained, clip: float) -> Tensor:
+    """The gradient in the dtype of the moments, times the clipping factor."""
+    if grad is None:
+        raise RuntimeError("a gradient disappeared during the step")
+    grad = grad.to(tensor.exp_avg.dtype)
+    return grad if clip == 1.0 else grad * clip

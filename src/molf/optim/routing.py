@@ -1,0 +1,170 @@
+"""What the router decided: scores and winners of a step, and a file with one record per step."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+SCHEMA_VERSION = 1
+
+
+class Routing(NamedTuple):
+    """One module's routing at one step.
+
+    Attributes:
+        experts: Expert names in index order.
+        scores: Score of every expert, in that order, in full precision.
+        winners: Names of the updated experts, best first.
+    """
+
+    experts: tuple[str, ...]
+    scores: tuple[float, ...]
+    winners: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Scores and winners of all modules that took part in a step, still on their device.
+
+    Attributes:
+        modules: Names of the modules, M of them.
+        scores: (M, E).
+        winners: Expert indices, best first, (M, top_k), int64.
+    """
+
+    modules: tuple[str, ...]
+    scores: Tensor
+    winners: Tensor
+
+    @property
+    def mask(self) -> Tensor:
+        """Which experts won, (M, E), bool."""
+        return torch.zeros_like(self.scores, dtype=torch.bool).scatter_(1, self.winners, True)
+
+    def to_host(self) -> tuple[list[list[float]], list[list[int]]]:
+        """Scores and winners as lists, in one device-to-host copy."""
+        experts = self.scores.shape[1]
+        both = torch.cat([self.scores, self.winners.to(self.scores.dtype)], dim=1).tolist()
+        return [row[:experts] for row in both], [[int(index) for index in row[experts:]] for row in both]
+
+
+def decide(modules: tuple[str, ...], scores: Tensor, top_k: int) -> Decision:
+    """The ``top_k`` experts of every module by score; of equal scores the lower index.
+
+    Args:
+        modules: Module names, M of them.
+        scores: (M, E).
+        top_k: From 1 to E.
+
+    Source: arXiv:2605.07111, section 4.3.
+    """
+    order = torch.sort(scores, dim=1, descending=True, stable=True).indices
+    return Decision(modules, scores, order[:, :top_k])
+
+
+class RoutingRecorder:
+    """Writes one JSON line per optimizer step: scores in full precision and winners of every module.
+
+    The first line is a header {"schema": 1, "modules": [...], "experts": [...]}; every other line is
+    {"step": n, "lr": {expert: η}, "scores": [[...], ...], "winners": [[...], ...]} with one entry per
+    module in the header's order: E scores, and the winners' expert indices, best first. A module that
+    had no gradient has null. Lines are flushed as they are written, so the log survives a kill; on a
+    resume the records after the resumed step are dropped, and a half-written last line with them.
+
+    Example:
+        recorder = RoutingRecorder(optimizer, "routing.jsonl")   # records after every optimizer.step()
+        ...
+        recorder.close()
+
+    Args:
+        optimizer: A ``MoLFAdamW``, or what wraps one in an attribute ``optimizer`` (accelerate).
+        path: The file; an existing log of the same modules and experts is continued.
+
+    Raises:
+        ValueError: If ``path`` holds a log of other modules or experts.
+    """
+
+    def __init__(self, optimizer: Any, path: str | os.PathLike[str]) -> None:
+        self.optimizer = getattr(optimizer, "optimizer", optimizer)
+        self.path = Path(path)
+        self._header = {
+            "schema": SCHEMA_VERSION,
+            "modules": self.optimizer.routed_modules,
+            "experts": list(self.optimizer.experts),
+        }
+        kept = self._records_until(self.optimizer.steps_taken)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_name(self.path.name + ".part")
+        partial.write_text("".join(json.dumps(line, separators=(",", ":")) + "\n" for line in [self._header, *kept]))
+        partial.replace(self.path)
+        self._file = self.path.open("a")
+        self._hook = self.optimizer.register_step_post_hook(lambda *_: self.record())
+
+    def _records_until(self, step: int) -> list[dict[str, Any]]:
+        if not self.path.exists() or step == 0:
+            return []
+        header, records = read_routing(self.path)
+        if header != self._header:
+            raise ValueError(f"{self.path} holds the routing of other modules or experts: choose another path")
+        return [record for record in records if record["step"] <= step]
+
+    def record(self) -> None:
+        """Append the optimizer's latest routing decision."""
+        decision = self.optimizer.decision
+        if decision is None:
+            return
+        scores, winners = self.optimizer.host_decision
+        row = {name: index for index, name in enumerate(decision.modules)}
+        rows = [row.get(name) for name in self._header["modules"]]
+        groups = [group for group in self.optimizer.param_groups if group["expert"] in self.optimizer.experts]
+        line = {
+            "step": self.optimizer.steps_taken,
+            "lr": {group["expert"]: float(group["lr"]) for group in groups},
+            "scores": [None if i is None else scores[i] for i in rows],
+            "winners": [None if i is None else winners[i] for i in rows],
+        }
+        self._file.write(json.dumps(line, separators=(",", ":")) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Stop recording and close the file."""
+        self._hook.remove()
+        self._file.close()
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open() as file:
+        for line in file:
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+def read_routing(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Header and records of a routing log; a half-written last line is left out.
+
+    Raises:
+        ValueError: If the file is no routing log of this schema version.
+    """
+    path = Path(path)
+    try:
+        header, *records = _lines(path)
+        version = header["schema"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no routing log: {error}") from error
+    if version != SCHEMA_VERSION:
+        raise ValueError(f"{path} has routing schema {version}, this version reads {SCHEMA_VERSION}: update molf")
+    return header, records
+
+
+def expert_share(records: list[dict[str, Any]], expert: int) -> float:
+    """Share of (step, module) decisions in which the expert of this index was among the winners; nan if none."""
+    winners = [row for record in records for row in record["winners"] if row is not None]
+    return sum(expert in row for row in winners) / len(winners) if winners else math.nan
