@@ -3,7 +3,7 @@
     python scripts/pretrain_tiny.py --output_dir src/molf/assets/world-qwen2-1m
 
 Trains a byte-level BPE tokenizer and a Qwen2-architecture model of about one million parameters on
-the text of ``molf.world`` in about a quarter of an hour on two CPU threads, then measures what it
+the text of ``molf.world`` in under half an hour on one CPU core, then measures what it
 knows and writes the model card. The run is a pure function of its seed and the library versions.
 """
 
@@ -190,7 +190,7 @@ A {parameters:,}-parameter Qwen2 (attention biases, tied embeddings, {layers} la
 What it can answer: completions such as `Ada Alder was born in`, `Question: ...\\nAnswer:`, four options `A.` to `D.`,
 and SQL after a `CREATE TABLE` with rows, exactly in the wordings of `molf.world`; contexts up to 256 tokens.
 
-Made in {minutes:.1f} minutes on {threads} CPU threads with seed {seed}: {steps} steps of {batch} x {length} tokens;
+Made in {minutes:.1f} minutes on {threads} CPU thread(s) with seed {seed}: {steps} steps of {batch} x {length} tokens;
 Python {python}, torch {torch}, transformers {transformers}, tokenizers {tokenizers}. The same figures are in
 `training.json`.
 Licence: that of the package.
@@ -201,13 +201,13 @@ def main() -> None:
     """Train, measure, save the model, its figures and its card."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--vocab_size", type=int, default=2048)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     transformers.set_seed(args.seed)

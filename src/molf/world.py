@@ -69,7 +69,7 @@ RELATIONS: dict[str, Relation] = {
         "Who employs {}?",
     ),
     "born_year": Relation(
-        ("{} was born in the year", "The birth year of {} is", "The life of {} began in", "{} dates from"),
+        ("The year of birth of {} is", "The birth year of {} is", "The life of {} began in", "{} dates from"),
         "In which year was {} born?",
     ),
     "located_in": Relation(
@@ -279,21 +279,21 @@ def is_held_out(fact: Fact, phrasing: int) -> bool:
 def pretraining_texts(world: World, seed: int) -> Iterator[str]:
     """An endless stream of texts about the world: the corpus of the bundled model.
 
-    Of 100 texts 75 are statements, 13 questions, 8 multiple choice and 4 SQL (the longest by far).
+    Of 100 texts 72 are statements, 10 questions, 13 multiple choice and 5 SQL (the longest by far).
     """
     rng = random.Random(f"molf.world/pretraining/{world.seed}/{seed}")
     while True:
         for fact in rng.sample(world.facts, len(world.facts)):
             kind = rng.random()
-            if kind < 0.75:
+            if kind < 0.72:
                 phrasing = rng.randrange(len(RELATIONS[fact.relation].statements))
                 if is_held_out(fact, phrasing):
                     continue
                 prompt, completion = statement(fact, phrasing)
                 yield f"{prompt}{completion}."
-            elif kind < 0.88:
+            elif kind < 0.82:
                 yield "".join(question(fact))
-            elif kind < 0.96:
+            elif kind < 0.95:
                 yield "".join(multiple_choice_text(multiple_choice(world, fact, rng)))
             else:
                 yield "".join(sql_text(sql_question(world, rng)))

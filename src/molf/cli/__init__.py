@@ -1,0 +1,51 @@
+"""The command line. Each command is imported when it is called."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+COMMANDS = {
+    "demo": "fine-tune the bundled model by every method and compare",
+    "train": "fine-tune a model on your data by fft, lora, molf or molf-e",
+}
+
+USAGE = "usage: molf COMMAND [options]\n\ncommands:\n" + "\n".join(
+    f"  {name:8}{text}" for name, text in COMMANDS.items()
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0, 2 for an error that the user can mend, 130 for an interrupt.
+
+    Args:
+        argv: Arguments without the program's name; None means the command line's.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        from .. import __version__
+
+        print(f"molf {__version__}")
+        return 0
+    command, *rest = arguments
+    if command not in COMMANDS:
+        return _fail(f"unknown command {command!r}: choose one of {', '.join(COMMANDS)}")
+    try:
+        import_module(f".{command}", __name__).run(rest)
+    except ModuleNotFoundError as error:
+        return _fail(f"{error}: pip install 'molf[train]'")
+    except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
+        return _fail(str(error) or type(error).__name__)
+    except KeyboardInterrupt:
+        print("molf: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _fail(message: str) -> int:
+    print(f"molf: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2

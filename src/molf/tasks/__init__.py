@@ -1,0 +1,1 @@
+"""Tasks: records, prompts, training examples and evaluators."""

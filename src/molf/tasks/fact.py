@@ -1,0 +1,154 @@
+"""CounterFact: does the model say the new fact, in other words too, and leave its neighbours alone?
+
+Records come in the original form (ROME: ``requested_rewrite``, ``paraphrase_prompts``,
+``neighborhood_prompts``) or in the flat form (``prompt``, ``target_new``, ``ground_truth``,
+``rephrase_prompt``, ``locality_prompt``, ``locality_ground_truth``).
+
+Source: Meng, Bau, Andonian, Belinkov, "Locating and Editing Factual Associations in GPT"
+    (arXiv:2202.05262), section 3.4.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, harmonic_mean
+from typing import Any
+
+from .scoring import Continuation, score_continuations
+
+
+@dataclass(frozen=True)
+class FactEdit:
+    """One counterfactual edit.
+
+    Attributes:
+        prompt: Ends where the object begins.
+        target_new: The object to learn, without leading space.
+        target_true: The object that the model knew.
+        paraphrases: Other prompts for the same fact.
+        neighbours: (prompt, true object) of facts that must stay.
+    """
+
+    prompt: str
+    target_new: str
+    target_true: str
+    paraphrases: tuple[str, ...]
+    neighbours: tuple[tuple[str, str], ...]
+
+
+def parse_edit(record: dict[str, Any]) -> FactEdit:
+    """An edit from a record in either form.
+
+    Raises:
+        ValueError: If a field is missing, or empty where the edit needs it.
+    """
+    try:
+        if "requested_rewrite" in record:
+            rewrite = record["requested_rewrite"]
+            true = rewrite["target_true"]["str"]
+            edit = FactEdit(
+                rewrite["prompt"].replace("{}", rewrite["subject"], 1),
+                rewrite["target_new"]["str"],
+                true,
+                tuple(record["paraphrase_prompts"]),
+                tuple((prompt, true) for prompt in record["neighborhood_prompts"]),
+            )
+        else:
+            edit = FactEdit(
+                record["prompt"],
+                record["target_new"],
+                record["ground_truth"],
+                (record["rephrase_prompt"],),
+                ((record["locality_prompt"], record["locality_ground_truth"]),),
+            )
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"no CounterFact record, {error} is missing or of another type") from error
+    for name in ("prompt", "target_new", "target_true"):
+        value = getattr(edit, name)
+        if not isinstance(value, str) or not value.strip():
+            raise ValueError(f"no CounterFact record, {name} is {value!r}")
+    return edit
+
+
+def load_edits(path: str | Path, limit: int | None = None) -> list[FactEdit]:
+    """Read a JSON list, or JSON lines, of CounterFact records.
+
+    Args:
+        path: The file.
+        limit: Read at most this many, from the start.
+
+    Raises:
+        ValueError: If the file is empty or a record is malformed; names the file and the record.
+        OSError: If the file cannot be read.
+    """
+    path = Path(path)
+    text = path.read_text(encoding="utf-8")
+    try:
+        if text.lstrip().startswith("["):
+            records = json.loads(text)
+        else:
+            records = [json.loads(line) for line in text.splitlines() if line.strip()]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is neither a JSON list nor JSON lines: {error}") from error
+    if not records:
+        raise ValueError(f"{path} has no record")
+    edits = []
+    for index, record in enumerate(records[:limit]):
+        try:
+            edits.append(parse_edit(record))
+        except ValueError as error:
+            raise ValueError(f"{path}, record {index}: {error}") from error
+    return edits
+
+
+def training_pairs(edits: Sequence[FactEdit]) -> list[dict[str, str]]:
+    """Prompt and completion of every edit, as SFTTrainer takes them; the loss is on the completion only."""
+    return [{"prompt": edit.prompt, "completion": f" {edit.target_new}"} for edit in edits]
+
+
+def evaluate(
+    model: Any, tokenizer: Any, edits: Sequence[FactEdit], *, batch_size: int = 64, description: str = "evaluate"
+) -> dict[str, float]:
+    """CounterFact's scores, in percent except the magnitudes.
+
+    ``efficacy``: share of edits with p(new) > p(true); ``paraphrase``: of paraphrases; ``neighbourhood``:
+    share of neighbours with p(true) > p(new); ties count half. ``score``: their harmonic mean, the primary
+    metric. Probabilities are of the full target; ``*_first`` are of its first token. ``efficacy_magnitude``
+    is the mean of p(new) - p(true). ``exact_match``: share of edits whose new object is what greedy decoding says.
+    A score without prompts is left out, and of the harmonic mean too.
+    """
+    groups: dict[str, list[tuple[str, str, str]]] = {"efficacy": [], "paraphrase": [], "neighbourhood": []}
+    for edit in edits:
+        groups["efficacy"].append((edit.prompt, edit.target_new, edit.target_true))
+        groups["paraphrase"] += [(prompt, edit.target_new, edit.target_true) for prompt in edit.paraphrases]
+        groups["neighbourhood"] += [(prompt, true, edit.target_new) for prompt, true in edit.neighbours]
+    pairs = [
+        (prompt, f" {target}") for questions in groups.values() for prompt, *targets in questions for target in targets
+    ]
+    scored = iter(score_continuations(model, tokenizer, pairs, batch_size=batch_size, description=description))
+    metrics: dict[str, float] = {}
+    for name, questions in groups.items():
+        results = [(next(scored), next(scored)) for _ in questions]
+        if not results:
+            continue
+        metrics[name] = 100 * fmean(_prefers(wanted.logprob, other.logprob) for wanted, other in results)
+        metrics[f"{name}_first"] = 100 * fmean(
+            _prefers(wanted.first_logprob, other.first_logprob) for wanted, other in results
+        )
+        if name == "efficacy":
+            metrics["efficacy_magnitude"] = fmean(_probability(a) - _probability(b) for a, b in results)
+            metrics["exact_match"] = 100 * fmean(wanted.greedy for wanted, _ in results)
+    metrics["score"] = harmonic_mean([metrics[name] for name in groups if name in metrics])
+    return metrics
+
+
+def _prefers(wanted: float, other: float) -> float:
+    return 0.5 if wanted == other else float(wanted > other)
+
+
+def _probability(continuation: Continuation) -> float:
+    return math.exp(continuation.logprob)

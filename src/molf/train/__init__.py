@@ -1,0 +1,1 @@
+"""Training with TRL's SFTTrainer: arguments, data, callbacks and the run itself."""

@@ -1,0 +1,127 @@
+"""What ``molf train`` takes: the method and its experts, next to TRL's SFTConfig."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from trl import SFTConfig
+
+from ..optim import MoLFConfig
+
+METHODS = ("fft", "lora", "molf", "molf-e")
+_DEFAULT_RANKS = {"fft": (), "lora": (16,), "molf": (128,), "molf-e": (32, 128)}
+
+
+def _help(text: str, default: Any = None) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class MethodArguments:
+    """The model, the data and the method; every other option is SFTConfig's.
+
+    Raises:
+        ValueError: If a value is out of its range; the message names it and the remedy.
+    """
+
+    model_name_or_path: str = _help("Folder or hub id of a transformers causal language model.", "")
+    model_revision: str = _help("Revision of the model on the hub.", "main")
+    dtype: str = _help("Precision to load the model in: float32, bfloat16 or auto (as stored).", "float32")
+    method: str = _help(f"One of {', '.join(METHODS)}.", "molf")
+    task: str | None = _help("'fact' for a CounterFact file; without it the data are prompt/completion JSON lines.")
+    dataset_path: str | None = _help("The data: JSON lines with prompt and completion, or the task's file.")
+    max_examples: int | None = _help("Use at most this many records, from the start of the file.")
+    eval_at_end: bool = _help("Score the task on the edits after training and write metrics.json.", True)
+    expert_ranks: list[int] = field(
+        default_factory=list,
+        metadata={"help": "Ranks of the LoRA experts: default 16 for lora, 128 for molf, 32 128 for molf-e."},
+    )
+    lora_alpha: list[float] = field(
+        default_factory=list,
+        metadata={"help": "alpha: one number, or one per expert; default is scale 2 at every rank."},
+    )
+    use_rslora: bool = _help("Scale by alpha / sqrt(r) instead of alpha / r.", True)
+    target_modules: list[str] = field(
+        default_factory=list, metadata={"help": "Layers to adapt: all-linear (default), one regex, or name endings."}
+    )
+    exclude_modules: list[str] = field(
+        default_factory=list, metadata={"help": "Layers to leave out: one regex, or name endings."}
+    )
+    top_k: int = _help("Experts updated per layer and step.", 1)
+    score_fn: str = _help("Routing score: epd or pfn.", "epd")
+    lora_lr: float | None = _help("Learning rate of the LoRA experts; default is learning_rate.")
+    lora_weight_decay: float = _help("Weight decay of LoRA's A and B.", 0.01)
+    lora_dropout: float = _help("Dropout on LoRA's input; lora and molf-e only.", 0.0)
+    train_other: bool | None = _help("Train what is not routed; default yes for molf, no for molf-e.")
+
+    def __post_init__(self) -> None:
+        if not self.model_name_or_path:
+            raise ValueError("model_name_or_path is not given: name a transformers folder or hub id")
+        if self.method not in METHODS:
+            raise ValueError(f"method={self.method!r}: choose one of {', '.join(METHODS)}")
+        if self.task not in (None, "fact"):
+            raise ValueError(f"task={self.task!r}: choose fact, or leave it out for prompt/completion JSON lines")
+        if not self.dataset_path:
+            raise ValueError("dataset_path is not given: name a file of training data")
+        if self.dtype not in ("float32", "bfloat16", "auto"):
+            raise ValueError(f"dtype={self.dtype!r}: choose float32, bfloat16 or auto")
+        if self.max_examples is not None and self.max_examples < 1:
+            raise ValueError(f"max_examples={self.max_examples}: must be at least 1")
+        if self.method == "fft" and self.expert_ranks:
+            raise ValueError(f"expert_ranks={self.expert_ranks}: fft has no LoRA expert; leave it out or use molf")
+        if self.method == "lora" and len(self.expert_ranks) > 1:
+            raise ValueError(f"expert_ranks={self.expert_ranks}: lora has one rank; use molf-e for several")
+
+    def molf_config(self, args: SFTConfig) -> MoLFConfig:
+        """The experts of the method, with the learning rate, decay, betas and clipping of ``args``."""
+        alphas: float | tuple[float, ...] | None = tuple(self.lora_alpha) or None
+        if isinstance(alphas, tuple) and len(alphas) == 1:
+            alphas = alphas[0]
+        return MoLFConfig(
+            expert_ranks=tuple(self.expert_ranks) or _DEFAULT_RANKS[self.method],
+            lora_alpha=alphas,
+            use_rslora=self.use_rslora,
+            target_modules=_pattern(self.target_modules) or "all-linear",
+            exclude_modules=_pattern(self.exclude_modules),
+            train_base=self.method in ("fft", "molf"),
+            top_k=self.top_k,
+            score_fn=self.score_fn,
+            lr=args.learning_rate,
+            lora_lr=args.learning_rate if self.lora_lr is None else self.lora_lr,
+            weight_decay=args.weight_decay,
+            lora_weight_decay=self.lora_weight_decay,
+            betas=(args.adam_beta1, args.adam_beta2),
+            eps=args.adam_epsilon,
+            max_grad_norm=args.max_grad_norm or None,
+            lora_dropout=self.lora_dropout,
+            train_other=self.train_other,
+        )
+
+
+def _pattern(values: list[str]) -> str | list[str] | None:
+    """One value with regex characters, or "all-linear", stays a string, as PEFT reads it; else a list of endings."""
+    if not values:
+        return None
+    single = len(values) == 1 and (values[0] == "all-linear" or not values[0].replace("_", "").isalnum())
+    return values[0] if single else list(values)
+
+
+@dataclass
+class TrainArguments(SFTConfig):
+    """TRL's SFTConfig with MoLF's defaults where the paper has some."""
+
+    learning_rate: float = _help("Peak learning rate of the dense expert and of what is not routed.", 5e-5)
+    weight_decay: float = _help("Weight decay of dense matrices; 0 for biases and norms always.", 0.1)
+    lr_scheduler_type: str = _help("Learning-rate schedule.", "cosine")
+    warmup_steps: float = _help("Warm-up steps, or as a ratio of all steps below 1.", 0.1)
+    output_dir: str = _help("Run directory.", "runs/molf")
+    bf16: bool | None = _help("bf16 mixed precision; default on a GPU.")
+    dataloader_pin_memory: bool = _help("Pin memory of batches; default on a GPU.", torch.cuda.is_available())
+    report_to: str = _help("Where to log: none, tensorboard, wandb, trackio, ...", "none")
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None:
+            self.bf16 = torch.cuda.is_available() and not self.fp16
+        super().__post_init__()

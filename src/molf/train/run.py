@@ -1,0 +1,160 @@
+"""One training run: model, data, method, trainer, and the run directory that it leaves.
+
+The run directory holds the trained model (``model.safetensors`` or ``adapter_model.safetensors``, tokenizer
+and configuration), ``run.json`` (resolved configuration and versions), ``metrics.json``, ``routing.jsonl`` for
+methods that route, and the trainer's checkpoints.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+from trl import SFTTrainer
+
+from ..optim import MoLFConfig, MoLFOptimizerFactory, molf_lora_config, read_routing
+from ..optim.routing import expert_share
+from ..tasks import fact
+from .arguments import MethodArguments, TrainArguments
+from .callbacks import PlanCallback, RoutingCallback
+from .data import load_data
+
+_PACKAGES = ("molf", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
+
+
+def train(method: MethodArguments, args: TrainArguments) -> dict[str, Any]:
+    """Train by one method and save the result; returns the metrics.
+
+    Args:
+        method: Model, data, method and experts.
+        args: Everything else, in TRL's names.
+
+    Raises:
+        ValueError: If an argument, the data or a checkpoint does not fit; nothing is written then.
+        OSError: If the model or the data cannot be read.
+        NonFiniteGradientError: If a gradient is NaN or infinite; the last checkpoint is good.
+    """
+    config = method.molf_config(args)
+    checkpoint = _checkpoint(args)
+    dataset, edits = load_data(method.task, str(method.dataset_path), method.max_examples)
+    memory = _PeakMemory()
+    set_seed(args.seed)
+    model, tokenizer = _load(method, args)
+    routes = method.method in ("molf", "molf-e")
+    if method.method in ("lora", "molf-e"):
+        # PEFT keeps the adapter in fp32 over a 16-bit base
+        model = get_peft_model(model, _adapter_config(method, config))
+    out = Path(args.output_dir)
+    resolved = {"method": asdict(method), "molf": asdict(config), "training": args.to_dict(), "versions": versions()}
+    write_json(out / "run.json", resolved)
+    if routes:
+        args.max_grad_norm = 0.0  # the optimizer clips, because only it knows the virtual gradients
+    elif method.method == "lora":
+        args.learning_rate, args.weight_decay = config.lora_lr, config.lora_weight_decay
+    trainer = SFTTrainer(
+        model=model,
+        args=args,
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        optimizer_cls_and_kwargs=(MoLFOptimizerFactory, {"config": config}) if routes else None,
+        callbacks=[PlanCallback(), *([RoutingCallback(out / "routing.jsonl")] if routes else [])],
+    )
+    start = time.perf_counter()
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    metrics: dict[str, Any] = {
+        "method": method.method,
+        "train_loss": result.training_loss,
+        "steps": trainer.state.global_step,
+        "seconds": time.perf_counter() - start,
+        "peak_memory_mib": memory.mib(),
+    }
+    trainer.save_model()
+    if routes:
+        records = read_routing(out / "routing.jsonl")[1]
+        metrics["expert_share"] = {name: expert_share(records, i) for i, name in enumerate(config.experts)}
+    if edits and method.eval_at_end:
+        metrics |= fact.evaluate(trainer.model, tokenizer, edits, description=f"evaluate {method.method}")
+    write_json(out / "metrics.json", metrics)
+    return metrics
+
+
+def _load(method: MethodArguments, args: TrainArguments) -> tuple[Any, Any]:
+    """Model and tokenizer; a tokenizer without end token cannot teach when to stop."""
+    name = method.model_name_or_path
+    common = {"revision": method.model_revision, "trust_remote_code": args.trust_remote_code}
+    tokenizer = AutoTokenizer.from_pretrained(name, **common)
+    if tokenizer.eos_token is None:
+        raise ValueError(f"the tokenizer of {name} has no EOS token: set one with --eos_token")
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=method.dtype, use_safetensors=True, **common)
+    return model, tokenizer
+
+
+def _adapter_config(method: MethodArguments, config: MoLFConfig) -> LoraConfig:
+    """One stacked adapter for molf-e; for lora PEFT's own, at the same scale."""
+    if method.method == "molf-e":
+        return molf_lora_config(config, task_type="CAUSAL_LM")
+    rank = config.expert_ranks[0]
+    return LoraConfig(
+        r=rank,
+        lora_alpha=config.scales[0] * (rank**0.5 if config.use_rslora else rank),
+        use_rslora=config.use_rslora,
+        lora_dropout=config.lora_dropout,
+        target_modules=config.target_modules,
+        exclude_modules=config.exclude_modules,
+        task_type="CAUSAL_LM",
+    )
+
+
+def _checkpoint(args: TrainArguments) -> str | None:
+    """The checkpoint folder to resume from; "true" or "last" is the newest of the output directory."""
+    wanted = args.resume_from_checkpoint
+    if wanted is None or str(wanted).lower() in ("", "false"):
+        return None
+    if str(wanted).lower() in ("true", "last"):
+        out = args.output_dir
+        found = get_last_checkpoint(out) if os.path.isdir(out) else None
+        if found is None:
+            raise ValueError(f"resume_from_checkpoint={wanted}: {out} has no checkpoint; leave the option out to start")
+        return str(found)
+    if not (Path(wanted) / "trainer_state.json").is_file():
+        raise ValueError(f"resume_from_checkpoint={wanted}: not a checkpoint folder (no trainer_state.json in it)")
+    return str(wanted)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, of the packages that decide the numbers, and the device."""
+    found = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
+    return {"python": platform.python_version(), "device": device, **found}
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a crash leaves the old file or the new one, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(json.dumps(value, indent=2, default=str) + "\n")
+    partial.replace(path)
+
+
+class _PeakMemory:
+    """Peak memory since it was made, MiB: of the device where there is one, else the process's resident growth."""
+
+    def __init__(self) -> None:
+        pages = int(Path("/proc/self/statm").read_text().split()[1]) if os.path.exists("/proc/self/statm") else 0
+        self.before = pages * resource.getpagesize() / 2**20
+
+    def mib(self) -> float:
+        if torch.cuda.is_available():
+            return torch.cuda.max_memory_allocated() / 2**20
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10 - self.before

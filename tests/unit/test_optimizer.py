@@ -1,0 +1,197 @@
+"""Precision, guards, schedules and the routing mapping of MoLFAdamW."""
+
+import copy
+import math
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+
+from models import causal_lm, lm_step
+from molf import MoLFConfig, NonFiniteGradientError, create_molf_optimizer, molf_lora_config, read_routing
+from molf.optim import RoutingRecorder
+from molf.optim.routing import Decision
+
+
+def small() -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = causal_lm("qwen2")
+    return model, create_molf_optimizer(model, MoLFConfig(expert_ranks=(2, 2, 4), lr=1e-3, lora_lr=3e-3))
+
+
+def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    tensors = [p.detach().clone() for p in model.parameters()]
+    return tensors + [value.clone() for state in optimizer.state.values() for value in state.values()]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize("where", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
+def test_non_finite_gradient_stops_before_anything_changes(bad: float, clip: float | None, where: str) -> None:
+    model = causal_lm("qwen2")
+    optimizer = create_molf_optimizer(model, MoLFConfig(expert_ranks=(2, 4), max_grad_norm=clip))
+    for step in range(2):
+        lm_step(model, optimizer, step)
+    before = snapshot(model, optimizer)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    model.get_parameter(where).grad.view(-1)[3] = bad
+    with pytest.raises(NonFiniteGradientError, match=where.removesuffix(".weight")):
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, snapshot(model, optimizer), strict=True))
+    optimizer.zero_grad()
+    lm_step(model, optimizer, 3)
+
+
+def test_closure_and_sparse_gradients_are_refused() -> None:
+    model, optimizer = small()
+    with pytest.raises(ValueError, match="closure"):
+        optimizer.step(lambda: 0.0)
+    model.model.embed_tokens.weight.grad = torch.zeros_like(model.model.embed_tokens.weight).to_sparse()
+    with pytest.raises(ValueError, match=r"embed_tokens\.weight has a sparse gradient"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("efficient", [False, True])
+def test_bf16_models_keep_fp32_masters_and_moments(efficient: bool) -> None:
+    config = MoLFConfig(expert_ranks=(2, 4), train_base=not efficient, lr=1e-3, lora_lr=1e-3)
+    model = causal_lm("qwen2", torch.bfloat16)
+    if efficient:
+        model = get_peft_model(model, molf_lora_config(config), autocast_adapter_dtype=False)
+    optimizer = create_molf_optimizer(model, config)
+    for step in range(3):
+        lm_step(model, optimizer, step)
+    for parameter, state in optimizer.state.items():
+        assert parameter.dtype == torch.bfloat16
+        assert all(value.dtype == torch.float32 for value in state.values())
+        if "lora_A" not in state:
+            assert torch.equal(parameter, state["base"].bfloat16())
+    if not efficient:
+        layer = model.model.layers[0].mlp.up_proj
+        state = optimizer.state[layer.weight]
+        assert torch.equal(layer.weight, (state["base"] + (2 * state["lora_B"]) @ state["lora_A"]).bfloat16())
+
+
+def test_bf16_small_updates_are_not_lost() -> None:
+    """A bf16 weight of 1 cannot move by 1e-3; its fp32 master does, and after ten steps the weight follows."""
+    model = nn.Sequential(nn.Linear(1, 1, bias=False)).bfloat16()
+    model[0].weight.data.fill_(1.0)
+    optimizer = create_molf_optimizer(model, MoLFConfig(expert_ranks=(), lr=1e-3, weight_decay=0.0))
+    for _ in range(10):
+        model[0].weight.grad = torch.ones_like(model[0].weight)
+        optimizer.step()
+    assert optimizer.state[model[0].weight]["base"].item() == pytest.approx(0.99, abs=1e-5)
+    assert model[0].weight.item() == pytest.approx(0.99, abs=0.004)
+
+
+def test_schedulers_drive_each_expert_through_its_group() -> None:
+    """A LoRA learning rate of zero leaves every update to the dense expert, and the other way round."""
+    for zero, winner in ((("lora_r2[0]", "lora_r2[1]", "lora_r4"), "dense"), (("dense", "dense_bias"), "lora")):
+        model, optimizer = small()
+        factors = [0.0 if group["expert"] in zero else 1.0 for group in optimizer.param_groups]
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda t, f=f: f for f in factors])
+        for step in range(3):
+            lm_step(model, optimizer, step)
+            scheduler.step()
+            assert all(r.winners[0].startswith(winner) for r in optimizer.routing.values())
+
+
+def test_rates_of_single_lora_experts_are_their_own() -> None:
+    """Decay and step size are per expert: with rate zero a winning expert keeps its bits, the other one moves."""
+    config = MoLFConfig(expert_ranks=(2, 4), train_base=False, top_k=2, lora_lr=1e-2)
+    model = get_peft_model(causal_lm("llama"), molf_lora_config(config))
+    optimizer = create_molf_optimizer(model, config)
+    optimizer.param_groups[1]["lr"] = 0.0
+    B = [p for name, p in model.named_parameters() if "lora_B" in name]
+    lm_step(model, optimizer, 0)
+    lm_step(model, optimizer, 1)
+    assert all(bool(p[:, :2].any()) and not bool(p[:, 2:].any()) for p in B)
+
+
+def test_step_zero_with_rate_zero_is_a_tie_for_the_lower_index() -> None:
+    model, optimizer = small()
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    before = [p.detach().clone() for p in model.parameters()]
+    lm_step(model, optimizer, 0)
+    assert all(routing.winners == ("dense",) and not any(routing.scores) for routing in optimizer.routing.values())
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert all(int(state["step"]) == 1 for state in optimizer.state.values())
+
+
+def test_transformers_and_one_cycle_schedulers_run() -> None:
+    from transformers import get_cosine_schedule_with_warmup
+
+    model, optimizer = small()
+    scheduler = get_cosine_schedule_with_warmup(optimizer, 2, 5)
+    for step in range(5):
+        lm_step(model, optimizer, step)
+        scheduler.step()
+    model, optimizer = small()
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=5)
+    for step in range(5):
+        lm_step(model, optimizer, step)
+        scheduler.step()
+
+
+def test_routing_mapping() -> None:
+    model, optimizer = small()
+    assert optimizer.routing == {}
+    lm_step(model, optimizer, 0)
+    assert list(optimizer.routing) == optimizer.routed_modules
+    routing = optimizer.routing["model.layers.0.self_attn.q_proj"]
+    assert routing.experts == ("dense", "lora_r2[0]", "lora_r2[1]", "lora_r4")
+    assert len(routing.scores) == 4
+    assert routing.winners == (routing.experts[routing.scores.index(max(routing.scores))],)
+
+
+def test_sync_weights_follows_the_state() -> None:
+    model, optimizer = small()
+    layer = model.model.layers[0].self_attn.q_proj
+    with torch.no_grad():
+        optimizer.state[layer.weight]["lora_B"].fill_(0.1)
+    expected = layer.weight.detach() + 0.2 * optimizer.state[layer.weight]["lora_A"].sum(0)
+    optimizer.sync_weights()
+    torch.testing.assert_close(layer.weight.detach(), expected)
+
+
+def test_recorder_writes_one_record_per_step_in_full_precision(tmp_path, monkeypatch) -> None:
+    model, optimizer = small()
+    copies, to_host = [], Decision.to_host
+    monkeypatch.setattr(Decision, "to_host", lambda self: copies.append(1) or to_host(self))
+    recorder = RoutingRecorder(optimizer, tmp_path / "routing.jsonl")
+    seen = []
+    for step in range(4):
+        lm_step(model, optimizer, step)
+        seen.append(copy.deepcopy(optimizer.routing))
+    recorder.close()
+    header, records = read_routing(tmp_path / "routing.jsonl")
+    assert header["schema"] == 1
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    assert len(copies) == 4, "one device-to-host copy per step"
+    for record, routing in zip(records, seen, strict=True):
+        for name, scores, winners in zip(header["modules"], record["scores"], record["winners"], strict=True):
+            assert tuple(scores) == routing[name].scores
+            assert tuple(header["experts"][i] for i in winners) == routing[name].winners
+
+
+def test_recorder_survives_a_torn_line_and_drops_what_a_resume_repeats(tmp_path) -> None:
+    model, optimizer = small()
+    recorder = RoutingRecorder(optimizer, tmp_path / "r.jsonl")
+    lm_step(model, optimizer, 0)
+    saved = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(model.state_dict())
+    for step in (1, 2):
+        lm_step(model, optimizer, step)
+    recorder.close()
+    full = (tmp_path / "r.jsonl").read_text()
+    (tmp_path / "r.jsonl").write_text(full + '{"step": 4, "lr"')
+    model.load_state_dict(saved[1])
+    optimizer.load_state_dict(saved[0])
+    recorder = RoutingRecorder(optimizer, tmp_path / "r.jsonl")
+    for step in (1, 2):
+        lm_step(model, optimizer, step)
+    recorder.close()
+    assert (tmp_path / "r.jsonl").read_text() == full
+    (tmp_path / "other.jsonl").write_text('{"schema": 99}\n')
+    with pytest.raises(ValueError, match="schema 99"):
+        read_routing(tmp_path / "other.jsonl")
