@@ -1,5 +1,6 @@
 """Two threads at most, seeds everywhere, nothing from the network."""
 
+import json
 import os
 
 os.environ |= {
@@ -17,3 +18,13 @@ import torch
 def _deterministic():
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def facts(tmp_path_factory):
+    """A CounterFact file in the original form: 40 edits of the bundled world."""
+    from molf.world import counterfactual_edits, make_world
+
+    path = tmp_path_factory.mktemp("facts") / "facts.json"
+    path.write_text(json.dumps(counterfactual_edits(make_world(), 40)))
+    return path

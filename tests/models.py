@@ -29,8 +29,8 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any], int]] = {
     "gemma3": ("Gemma3Text", {**_SMALL, "head_dim": 8, "query_pre_attn_scalar": 8}, 14),
     "mistral": ("Mistral", _SMALL, 14),
     "phi": ("Phi", {**_SMALL, "num_key_value_heads": 4}, 12),
-    "gpt2": ("GPT2", {"vocab_size": 67, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64,
-                      "bos_token_id": 1, "eos_token_id": 2, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}, 8),
+    "gpt2": ("GPT2", {"vocab_size": 67, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 1,
+                      "eos_token_id": 2, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}, 8),
 }  # fmt: skip
 
 

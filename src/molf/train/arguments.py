@@ -124,4 +124,6 @@ class TrainArguments(SFTConfig):
     def __post_init__(self) -> None:
         if self.bf16 is None:
             self.bf16 = torch.cuda.is_available() and not self.fp16
+        if self.activation_checkpointing is None:  # transformers' new name for TRL's gradient_checkpointing
+            self.activation_checkpointing = self.gradient_checkpointing
         super().__post_init__()
