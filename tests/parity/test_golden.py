@@ -1,4 +1,4 @@
-"""Invariant 1: recorded trajectories of the published implementation."""
+"""Invariant 1: trajectories of the published implementation, and the project's own of the reference twin."""
 
 from pathlib import Path
 
@@ -7,13 +7,34 @@ import torch
 from golden import Replay, load_case
 
 SHARED = Path(__file__).parents[3] / "shared" / "golden"
+OWN = Path(__file__).parent / "golden"
 CASES = sorted(path.stem for path in SHARED.glob("*.json"))
+OWN_CASES = sorted(path.stem for path in OWN.glob("*.json"))
 
 
 @pytest.mark.parametrize("form", ["fused", "adapter"])
 @pytest.mark.parametrize("case", CASES or [pytest.param("", marks=pytest.mark.skip(reason=f"no {SHARED}"))])
-def test_golden(case: str, form: str) -> None:
-    spec, recorded = load_case(SHARED, case)
+def test_published_implementation(case: str, form: str) -> None:
+    compare(SHARED, case, form)
+
+
+@pytest.mark.parametrize("form", ["fused", "adapter"])
+@pytest.mark.parametrize("case", OWN_CASES)
+def test_reference_twin(case: str, form: str) -> None:
+    compare(OWN, case, form)
+
+
+def test_own_cases_are_all_there_and_their_winners_switch() -> None:
+    from make_golden import CASES as EXPECTED
+
+    assert sorted(EXPECTED) == OWN_CASES
+    for case in OWN_CASES:
+        recorded = load_case(OWN, case)[1]
+        assert max(len(recorded[f"winner/{name}"].unique(dim=0)) for name in ("fc1", "fc2")) > 1
+
+
+def compare(folder: Path, case: str, form: str) -> None:
+    spec, recorded = load_case(folder, case)
     replay = Replay(spec, recorded, form)
     seen = replay.run()
     double = spec["dtype"] == "float64"

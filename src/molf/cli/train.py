@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from typing import NoReturn
 
+import yaml
 from trl import TrlParser
 
 from ..train.arguments import MethodArguments, TrainArguments
@@ -28,7 +29,10 @@ def run(argv: Sequence[str]) -> None:
         ValueError: For unknown or bad options.
     """
     parser = _Parser((MethodArguments, TrainArguments), prog="molf train", allow_abbrev=False)
-    method, args = parser.parse_args_and_config(list(argv))
+    try:
+        method, args = parser.parse_args_and_config(list(argv))
+    except yaml.YAMLError as error:
+        raise ValueError(f"the configuration file is not YAML: {error}") from error
     logging.getLogger("transformers").setLevel(logging.ERROR)
     metrics = train(method, args)
     print(json.dumps(metrics, indent=2))

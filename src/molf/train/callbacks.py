@@ -30,8 +30,13 @@ class RoutingCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Close the log."""
+        self.close()
+
+    def close(self) -> None:
+        """Close the log; the Trainer does not call ``on_train_end`` after an error."""
         if self.recorder is not None:
             self.recorder.close()
+            self.recorder = None
 
 
 class PlanCallback(TrainerCallback):

@@ -62,16 +62,20 @@ def train(method: MethodArguments, args: TrainArguments) -> dict[str, Any]:
         args.max_grad_norm = 0.0  # the optimizer clips, because only it knows the virtual gradients
     elif method.method == "lora":
         args.learning_rate, args.weight_decay = config.lora_lr, config.lora_weight_decay
+    routing = RoutingCallback(out / "routing.jsonl")
     trainer = SFTTrainer(
         model=model,
         args=args,
         train_dataset=dataset,
         processing_class=tokenizer,
         optimizer_cls_and_kwargs=(MoLFOptimizerFactory, {"config": config}) if routes else None,
-        callbacks=[PlanCallback(), *([RoutingCallback(out / "routing.jsonl")] if routes else [])],
+        callbacks=[PlanCallback(), *([routing] if routes else [])],
     )
     start = time.perf_counter()
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        routing.close()
     metrics: dict[str, Any] = {
         "method": method.method,
         "train_loss": result.training_loss,

@@ -1,0 +1,157 @@
+"""The command line in process: what it prints, writes and refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from molf import read_routing
+from molf.assets import BUNDLED_MODEL
+from molf.cli import main
+
+COMMON = {
+    "model_name_or_path": str(BUNDLED_MODEL),
+    "num_train_epochs": 1,
+    "per_device_train_batch_size": 8,
+    "learning_rate": 1.0e-3,
+    "gradient_checkpointing": False,
+    "save_strategy": "no",
+    "use_cpu": True,
+    "disable_tqdm": True,
+}
+
+
+@pytest.fixture
+def config(tmp_path: Path, facts: Path) -> Path:
+    path = tmp_path / "train.yaml"
+    path.write_text(yaml.safe_dump({**COMMON, "task": "fact", "dataset_path": str(facts), "max_examples": 16}))
+    return path
+
+
+def fails(capsys, *arguments: str) -> str:
+    """Exit status 2 and one line on stderr; returns it."""
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("molf: error:")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.mark.parametrize("method", ["fft", "lora", "molf", "molf-e"])
+def test_train_writes_a_plain_model_or_adapter(tmp_path, config, capsys, method: str) -> None:
+    out = tmp_path / "run"
+    ranks = {"fft": [], "lora": ["4"], "molf": ["2", "4"], "molf-e": ["2", "4"]}[method]
+    extra = ["--expert_ranks", *ranks] if ranks else []
+    assert main(["train", "--config", str(config), "--method", method, *extra, "--output_dir", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "trainable parameters:" in printed
+    assert ("routed modules: 28" in printed) == (method in ("molf", "molf-e"))
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["steps"] == 2
+    assert metrics["train_loss"] > 0
+    assert {"score", "efficacy", "paraphrase", "neighbourhood", "exact_match"} <= metrics.keys()
+    resolved = json.loads((out / "run.json").read_text())
+    assert resolved["versions"]["torch"] == torch.__version__
+    assert resolved["method"]["method"] == method
+    assert resolved["training"]["learning_rate"] == 1e-3
+    assert AutoTokenizer.from_pretrained(out)("Ada").input_ids
+    prompt = AutoTokenizer.from_pretrained(out)("Ada Alder plays the", return_tensors="pt").input_ids
+    if method in ("lora", "molf-e"):
+        model = AutoPeftModelForCausalLM.from_pretrained(out)
+        assert {p.name for p in out.glob("*.safetensors")} == {"adapter_model.safetensors"}
+    else:
+        model = AutoModelForCausalLM.from_pretrained(out)
+        assert load_file(out / "model.safetensors").keys() == load_file(BUNDLED_MODEL / "model.safetensors").keys()
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+    before = AutoModelForCausalLM.from_pretrained(BUNDLED_MODEL)(input_ids=prompt).logits
+    assert not torch.equal(before, model(input_ids=prompt).logits)
+    if method in ("molf", "molf-e"):
+        header, records = read_routing(out / "routing.jsonl")
+        assert len(records) == 2
+        assert len(header["modules"]) == 28
+        assert sum(metrics["expert_share"].values()) == pytest.approx(1)
+
+
+def test_prompt_completion_lines_and_bf16(tmp_path, capsys) -> None:
+    data = tmp_path / "data.jsonl"
+    rows = [
+        {"prompt": "Ada Alder plays the", "completion": " drum"},
+        {"prompt": "Leo Lark speaks", "completion": " Cestic"},
+    ]
+    data.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    options = [f"--{key}={value}" for key, value in COMMON.items()]
+    command = ["train", *options, "--dataset_path", str(data), "--dtype", "bfloat16", "--expert_ranks", "2"]
+    assert main([*command, "--output_dir", str(tmp_path / "run")]) == 0
+    assert all(v.dtype == torch.bfloat16 for v in load_file(tmp_path / "run" / "model.safetensors").values())
+    assert "score" not in json.loads((tmp_path / "run" / "metrics.json").read_text())
+
+
+def test_what_is_refused(tmp_path, config, capsys) -> None:
+    train = ["train", "--config", config, "--output_dir", tmp_path / "run"]
+    assert "unknown command 'trian': choose one of demo, train" in fails(capsys, "trian")
+    assert "no_such_option" in fails(capsys, *train, "--no_such_option", "3")
+    assert "learning_rate" in fails(capsys, *train, "--learning_rate", "fast")
+    assert "method='full': choose one of fft, lora, molf, molf-e" in fails(capsys, *train, "--method", "full")
+    assert "expert_ranks=[4]: fft has no LoRA expert" in fails(capsys, *train, "--method", "fft", "--expert_ranks", "4")
+    assert "top_k=9" in fails(capsys, *train, "--top_k", "9")
+    assert "lora_dropout=0.1" in fails(capsys, *train, "--lora_dropout", "0.1")
+    assert "missing.json" in fails(capsys, *train, "--dataset_path", tmp_path / "missing.json")
+    assert "nowhere" in fails(capsys, *train, "--model_name_or_path", tmp_path / "nowhere")
+    assert "has no checkpoint" in fails(capsys, *train, "--resume_from_checkpoint", "last")
+    assert "not a checkpoint folder" in fails(capsys, *train, "--resume_from_checkpoint", tmp_path)
+    assert "missing.yaml" in fails(capsys, "train", "--config", tmp_path / "missing.yaml")
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("learning_rte: 3\n")
+    assert "learning_rte" in fails(capsys, "train", "--config", bad, "--model_name_or_path", "x", "--dataset_path", "y")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    assert "mapping" in fails(capsys, "train", "--config", tmp_path / "list.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [1\n")
+    assert "not YAML" in fails(capsys, "train", "--config", tmp_path / "broken.yaml")
+    assert "model_name_or_path is not given" in fails(capsys, "train", "--dataset_path", "x")
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "a", "completion": " b"}\n{"prompt": "a"}\n')
+    plain = [
+        "train",
+        *[f"--{k}={v}" for k, v in COMMON.items()],
+        "--output_dir",
+        tmp_path / "run",
+        "--dataset_path",
+        data,
+    ]
+    assert "line 2: needs a non-empty string 'completion'" in fails(capsys, *plain)
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_a_non_finite_gradient_is_one_line_and_keeps_the_checkpoint(tmp_path, config, capsys) -> None:
+    """A learning rate that overflows: the run stops with the module's name, the checkpoint before is whole."""
+    command = ["train", "--config", str(config), "--output_dir", str(tmp_path / "run"), "--expert_ranks", "2"]
+    command += ["--learning_rate", "1e10", "--save_strategy", "steps", "--save_steps", "1", "--num_train_epochs", "3"]
+    line = fails(capsys, *command, "--warmup_steps", "0")
+    assert "is not finite; nothing was updated" in line
+    for checkpoint in (tmp_path / "run").glob("checkpoint-*"):
+        assert all(v.isfinite().all() for v in load_file(checkpoint / "model.safetensors").values())
+
+
+def test_help_and_version(capsys) -> None:
+    assert main([]) == 2
+    assert main(["--help"]) == 0
+    assert "demo" in capsys.readouterr().out
+
+
+def test_demo_end_to_end(tmp_path, capsys) -> None:
+    arguments = ["--edits", "24", "--epochs", "1", "--output_dir", str(tmp_path)]
+    assert main(["demo", *arguments]) == 0
+    table = capsys.readouterr().out.split("dense wins\n")[1].splitlines()
+    assert [line.split()[0] for line in table[1:5]] == ["fft", "lora", "molf", "molf-e"]
+    assert all(len(line.split()) == 9 for line in table[1:5])
+    assert (tmp_path / "molf" / "model.safetensors").exists()
+    assert (tmp_path / "molf-e" / "adapter_model.safetensors").exists()
+    assert (tmp_path / "molf" / "routing.jsonl").exists()
+    assert len(json.loads((tmp_path / "demo.json").read_text())) == 4
+    assert "edits" in fails(capsys, "demo", "--edits", "many")
+    assert "count=0" in fails(capsys, "demo", "--edits", "0", "--output_dir", tmp_path / "none")
