@@ -118,6 +118,7 @@ class TrainArguments(SFTConfig):
     warmup_steps: float = _help("Warm-up steps, or as a ratio of all steps below 1.", 0.1)
     output_dir: str = _help("Run directory.", "runs/molf")
     bf16: bool | None = _help("bf16 mixed precision; default on a GPU.")
+    activation_checkpointing: bool | None = _help("transformers' new name for gradient_checkpointing.")
     dataloader_pin_memory: bool = _help("Pin memory of batches; default on a GPU.", torch.cuda.is_available())
     report_to: str = _help("Where to log: none, tensorboard, wandb, trackio, ...", "none")
 

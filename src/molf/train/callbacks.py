@@ -10,6 +10,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from ..optim import MoLFAdamW, RoutingRecorder
+from .files import write_json
 
 
 class RoutingCallback(TrainerCallback):
@@ -40,13 +41,22 @@ class RoutingCallback(TrainerCallback):
 
 
 class PlanCallback(TrainerCallback):
-    """Prints, before the first step, what will be trained and how."""
+    """Prints, before the first step, what will be trained and how, and writes the resolved configuration.
+
+    Args:
+        path: Where the configuration goes; not before model, data and optimizer are known to fit.
+        resolved: The configuration.
+    """
+
+    def __init__(self, path: Path, resolved: dict[str, Any]) -> None:
+        self.path, self.resolved = path, resolved
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
-        """Print modules, experts and trainable parameters."""
+        """Print modules, experts and trainable parameters; write the configuration."""
         if state.is_world_process_zero:
+            write_json(self.path, self.resolved)
             print(describe(model, getattr(optimizer, "optimizer", optimizer), args.learning_rate), flush=True)
 
 

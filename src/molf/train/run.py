@@ -8,7 +8,6 @@ methods that route, and the trainer's checkpoints.
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import platform
 import resource
@@ -29,6 +28,7 @@ from ..tasks import fact
 from .arguments import MethodArguments, TrainArguments
 from .callbacks import PlanCallback, RoutingCallback
 from .data import load_data
+from .files import write_json
 
 _PACKAGES = ("molf", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
 
@@ -57,7 +57,6 @@ def train(method: MethodArguments, args: TrainArguments) -> dict[str, Any]:
         model = get_peft_model(model, _adapter_config(method, config))
     out = Path(args.output_dir)
     resolved = {"method": asdict(method), "molf": asdict(config), "training": args.to_dict(), "versions": versions()}
-    write_json(out / "run.json", resolved)
     if routes:
         args.max_grad_norm = 0.0  # the optimizer clips, because only it knows the virtual gradients
     elif method.method == "lora":
@@ -69,7 +68,7 @@ def train(method: MethodArguments, args: TrainArguments) -> dict[str, Any]:
         train_dataset=dataset,
         processing_class=tokenizer,
         optimizer_cls_and_kwargs=(MoLFOptimizerFactory, {"config": config}) if routes else None,
-        callbacks=[PlanCallback(), *([routing] if routes else [])],
+        callbacks=[PlanCallback(out / "run.json", resolved), *([routing] if routes else [])],
     )
     start = time.perf_counter()
     try:
@@ -141,14 +140,6 @@ def versions() -> dict[str, str]:
     found = {name: importlib.metadata.version(name) for name in _PACKAGES}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
     return {"python": platform.python_version(), "device": device, **found}
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a crash leaves the old file or the new one, never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".part")
-    partial.write_text(json.dumps(value, indent=2, default=str) + "\n")
-    partial.replace(path)
 
 
 class _PeakMemory:
