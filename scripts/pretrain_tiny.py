@@ -201,7 +201,7 @@ def main() -> None:
     """Train, measure, save the model, its figures and its card."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--steps", type=int, default=4200)
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--lr", type=float, default=3e-3)

@@ -15,7 +15,7 @@ from resume_run import END, FORMS, HALF, build, continue_to
 from safetensors.torch import load_file
 
 from models import causal_lm, lm_step
-from molf import MoLFConfig, create_molf_optimizer
+from molf import MoLFConfig, ResumeError, create_molf_optimizer
 from molf.cli import main
 
 DTYPES = ("float32", "bfloat16")
@@ -131,7 +131,7 @@ def test_a_module_that_lost_its_gradient_after_a_resume_is_an_error() -> None:
     other.load_state_dict(optimizer.state_dict())
     layer = stale.model.layers[1].mlp.up_proj
     layer.weight = torch.nn.Parameter(layer.weight.detach().clone())
-    with pytest.raises(RuntimeError, match=r"after the resume no gradient reaches model\.layers\.1\.mlp\.up_proj"):
+    with pytest.raises(ResumeError, match=r"after the resume no gradient reaches model\.layers\.1\.mlp\.up_proj"):
         lm_step(stale, other, 1)
 
 

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from ..optim import NonFiniteGradientError, ResumeError
+
 COMMANDS = {
     "demo": "fine-tune the bundled model by every method and compare",
     "train": "fine-tune a model on your data by fft, lora, molf or molf-e",
@@ -38,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         import_module(f".{command}", __name__).run(rest)
     except ModuleNotFoundError as error:
         return _fail(f"{error}: pip install 'molf[train]'")
-    except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
+    except (ValueError, OSError, NonFiniteGradientError, ResumeError) as error:
         return _fail(str(error) or type(error).__name__)
     except KeyboardInterrupt:
         print("molf: interrupted", file=sys.stderr)

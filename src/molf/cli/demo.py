@@ -40,7 +40,7 @@ def run(argv: Sequence[str]) -> None:
 
     Raises:
         ValueError: For bad options.
-        RuntimeError: If a method fails.
+        ChildProcessError: If a method fails.
     """
     parser = _Parser(prog="molf demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="where models and logs go")
@@ -64,7 +64,7 @@ def run(argv: Sequence[str]) -> None:
         command = [sys.executable, "-m", "molf", "train", "--config", str(config), "--method", method]
         done = subprocess.run([*command, *METHODS[method], "--output_dir", str(out)], stdout=subprocess.PIPE, text=True)
         if done.returncode:
-            raise RuntimeError(f"{method} ended with status {done.returncode}; its error is above")
+            raise ChildProcessError(f"{method} ended with status {done.returncode}; its error is above")
         print(done.stdout.split("\n{")[0])
         results.append(json.loads((out / "metrics.json").read_text()))
     (options.output_dir / "demo.json").write_text(json.dumps(results, indent=2) + "\n")

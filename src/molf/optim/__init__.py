@@ -2,7 +2,7 @@
 
 from .config import MoLFConfig
 from .factory import MoLFOptimizerFactory, create_molf_optimizer, molf_lora_config
-from .guards import NonFiniteGradientError
+from .guards import NonFiniteGradientError, ResumeError
 from .molf_adamw import MoLFAdamW
 from .routing import Routing, RoutingRecorder, read_routing
 
@@ -11,6 +11,7 @@ __all__ = [
     "MoLFConfig",
     "MoLFOptimizerFactory",
     "NonFiniteGradientError",
+    "ResumeError",
     "Routing",
     "RoutingRecorder",
     "create_molf_optimizer",

@@ -13,6 +13,10 @@ class NonFiniteGradientError(ArithmeticError):
     """A gradient is NaN or infinite. Raised before the step has changed anything."""
 
 
+class ResumeError(RuntimeError):
+    """After a resume a routed module no longer takes part in training."""
+
+
 def gradient_norm(grad: Tensor) -> Tensor:
     """L2 norm, accumulated in fp32 at least; 0-dimensional."""
     return torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32))

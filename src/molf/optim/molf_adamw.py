@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from .adamw import Coefficients, Trained, adamw_, score_terms, update_moments_
 from .checkpoint import check_loadable
 from .config import MoLFConfig
-from .guards import clip_factor, gradient_norm
+from .guards import ResumeError, clip_factor, gradient_norm
 from .layout import RoutedModule, Slot
 from .routing import Decision, Routing, decide
 
@@ -151,7 +151,7 @@ class MoLFAdamW(Optimizer):
 
         Raises:
             NonFiniteGradientError: If a gradient is NaN or infinite; nothing has changed then.
-            RuntimeError: If, after a resume, a module that always had gradients no longer gets one.
+            ResumeError: If, after a resume, a module that always had gradients no longer gets one.
             ValueError: If a closure is given, or a gradient is sparse.
         """
         if closure is not None:
@@ -357,7 +357,7 @@ class MoLFAdamW(Optimizer):
         """After a resume, every module that had taken part in all steps must take part again."""
         lost = sorted(self._awaits_gradient - active)
         if lost:
-            raise RuntimeError(
+            raise ResumeError(
                 f"after the resume no gradient reaches {lost[0]} ({len(lost)} of {len(self.modules)} routed modules), "
                 "which had one in every step before: the optimizer holds parameters that the model does not use; "
                 "make the optimizer from the model that is trained"
