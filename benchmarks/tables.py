@@ -41,8 +41,8 @@ def fact_stories3m() -> str:
     versions = data["runs"][0]["versions"]
     note = (
         "\nA 3.1 M-parameter Llama pretrained on stories (stories3M) after 1,000 real CounterFact facts, 8 epochs, "
-        f"batch 32: percent, mean ± sd of seeds {', '.join(map(str, seeds))}; exact match is greedy decoding of the new "
-        "fact. Learning rates were fixed beforehand: this shows what the commands do and does not rank the methods. "
+        f"batch 32: percent, mean ± sd of seeds {', '.join(map(str, seeds))}; exact match is greedy decoding of the "
+        "new fact. Learning rates were fixed beforehand: this shows what the commands do, it does not rank them. "
         f"Each run on one thread of a shared CPU, torch {versions['torch']}, transformers {versions['transformers']}, "
         f"peft {versions['peft']}, trl {versions['trl']}. `python benchmarks/fact_stories3m.py` makes it again."
     )

@@ -140,29 +140,49 @@ def test_molf_efficient_with_one_expert_is_peft_lora_with_adamw() -> None:
 
 
 def test_loser_keeps_its_bits_and_winner_moves() -> None:
-    """Invariant 5: every step, every module, with two of four experts winning."""
-    config = MoLFConfig(expert_ranks=(2, 2, 4), top_k=2, lr=1e-3, lora_lr=2e-3, lora_alpha=1.0)
+    """Invariant 5: every step, every module, two of four experts winning; every expert wins and loses."""
+    config = MoLFConfig(expert_ranks=(2, 2, 4), top_k=2, lr=2e-4, lora_lr=2e-3, lora_alpha=1.0)
     model = MLP()
     optimizer = create_molf_optimizer(model, config)
     columns = {"lora_r2[0]": slice(0, 2), "lora_r2[1]": slice(2, 4), "lora_r4": slice(4, 8)}
     seen = set()
-    for x, y in batches(30):
+    for x, y in batches(40):
         before = copy.deepcopy(optimizer.state_dict()["state"])
+        bias = model.fc1.bias.detach().clone()
         ((model(x) - y) ** 2).mean().backward()
         optimizer.step()
         model.zero_grad()
         after = optimizer.state_dict()["state"]
+        assert torch.equal(bias, model.fc1.bias) == ("dense" not in optimizer.routing["fc1"].winners)
         for index, name in enumerate(LAYERS):
             old, new, routing = before[index], after[index], optimizer.routing[name]
             assert new["step"] == old["step"] + 1
-            seen.update(routing.winners)
+            seen |= {(expert, expert in routing.winners) for expert in routing.experts}
             assert torch.equal(old["base"], new["base"]) == ("dense" not in routing.winners)
+            assert not torch.equal(old["exp_avg"], new["exp_avg"])
             for expert, cut in columns.items():
-                won = expert in routing.winners
-                assert torch.equal(old["lora_A"][cut], new["lora_A"][cut]) == (not won)
-                assert torch.equal(old["lora_B"][:, cut], new["lora_B"][:, cut]) == (not won)
+                lost = expert not in routing.winners
+                assert torch.equal(old["lora_A"][cut], new["lora_A"][cut]) == lost
+                assert torch.equal(old["lora_B"][:, cut], new["lora_B"][:, cut]) == lost
                 assert not torch.equal(old["lora_B_exp_avg"][:, cut], new["lora_B_exp_avg"][:, cut])
             scaled = new["lora_B"] * torch.tensor(config.scales).repeat_interleave(torch.tensor([2, 2, 4]))
             layer = model.get_submodule(name)
             torch.testing.assert_close(layer.weight, new["base"] + scaled @ new["lora_A"])
-    assert len(seen) >= 3, seen
+    assert len(seen) == 8, f"not every expert has won and lost: {sorted(seen)}"
+
+
+def test_without_reading_the_winners_the_masks_give_the_same_bits(monkeypatch) -> None:
+    """The path of accelerators, where the winners stay on the device and losers are masked instead of skipped."""
+    config = MoLFConfig(expert_ranks=(2, 2, 4), top_k=2, lr=2e-4, lora_lr=2e-3, lora_alpha=1.0)
+    read = MLP()
+    masked = copy.deepcopy(read)
+    torch.manual_seed(1)
+    first = create_molf_optimizer(read, config)
+    torch.manual_seed(1)
+    second = create_molf_optimizer(masked, config)
+    winners = train(read, first)
+    monkeypatch.setattr("molf.optim.molf_adamw.read_if_free", lambda winners: None)
+    assert winners == train(masked, second)
+    equal(read, masked)
+    states = zip(first.state.values(), second.state.values(), strict=True)
+    assert all(torch.equal(a[key], b[key]) for a, b in states for key in a)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import shutil
 import subprocess
 import sys
@@ -55,7 +56,8 @@ def resumed(tmp_path_factory) -> Path:
             shutil.move(case / "routing.jsonl", case / "full.jsonl")
             shutil.move(case / "half.jsonl", case / "routing.jsonl")
     command = [sys.executable, str(HERE / "resume_run.py"), ",".join(FORMS), ",".join(DTYPES), str(folder)]
-    subprocess.run(command, check=True, env={"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}, timeout=300)
+    path = os.pathsep.join([str(HERE.parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": path}, timeout=300)
     return folder
 
 

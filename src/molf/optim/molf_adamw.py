@@ -26,7 +26,7 @@ from .checkpoint import check_loadable
 from .config import MoLFConfig
 from .guards import ResumeError, clip_factor, gradient_norm
 from .layout import RoutedModule, Slot
-from .routing import Decision, Routing, decide
+from .routing import Decision, Routing, decide, read_if_free
 
 
 class MoLFAdamW(Optimizer):
@@ -203,11 +203,8 @@ class MoLFAdamW(Optimizer):
         return (sums / sums.new_tensor([module.sizes for module in active])).sqrt_()
 
     def _update(self, module: RoutedModule, winners: Tensor) -> None:
-        """AdamW for the winners, (E,) bool; then P follows.
-
-        On the CPU reading the winners is free and losers are skipped; elsewhere they are masked, without a sync.
-        """
-        known = winners.tolist() if winners.device.type == "cpu" else None
+        """AdamW for the winners, (E,) bool; then P follows. Losers are skipped where that is known, else masked."""
+        known = read_if_free(winners)
         first = int(self.config.train_base)
         for slot in module.dense_slots if self.config.train_base else ():
             if known is None or known[0]:

@@ -70,6 +70,11 @@ def decide(modules: tuple[str, ...], scores: Tensor, top_k: int) -> Decision:
     return Decision(modules, scores, order[:, :top_k])
 
 
+def read_if_free(winners: Tensor) -> list[bool] | None:
+    """The winners as a list on the CPU; None elsewhere, where reading them would wait for the device."""
+    return winners.tolist() if winners.device.type == "cpu" else None
+
+
 class RoutingRecorder:
     """Writes one JSON line per optimizer step: scores in full precision and winners of every module.
 
