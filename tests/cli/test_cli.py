@@ -91,6 +91,22 @@ def test_prompt_completion_lines_and_bf16(tmp_path, capsys) -> None:
     assert "score" not in json.loads((tmp_path / "run" / "metrics.json").read_text())
 
 
+@pytest.mark.parametrize(
+    ("written", "ranks", "modules", "routed"),
+    [
+        ({"expert_ranks": 2, "target_modules": r".*\.q_proj"}, (2,), r".*\.q_proj", 4),
+        ({"expert_ranks": [2, 4], "target_modules": ["q_proj", "v_proj"]}, (2, 4), ["q_proj", "v_proj"], 8),
+        ({"expert_ranks": [2], "target_modules": "up_proj", "lora_alpha": 3}, (2,), ["up_proj"], 4),
+    ],
+)
+def test_yaml_values_and_lists(tmp_path, config, written, ranks, modules, routed: int) -> None:
+    config.write_text(config.read_text() + yaml.safe_dump(written))
+    assert main(["train", "--config", str(config), "--eval_at_end", "false", "--output_dir", str(tmp_path / "r")]) == 0
+    resolved = json.loads((tmp_path / "r" / "run.json").read_text())["molf"]
+    assert (tuple(resolved["expert_ranks"]), resolved["target_modules"]) == (ranks, modules)
+    assert len(read_routing(tmp_path / "r" / "routing.jsonl")[0]["modules"]) == routed
+
+
 def test_what_is_refused(tmp_path, config, capsys) -> None:
     train = ["train", "--config", config, "--output_dir", tmp_path / "run"]
     assert "unknown command 'trian': choose one of demo, train" in fails(capsys, "trian")

@@ -175,6 +175,17 @@ def test_recorder_writes_one_record_per_step_in_full_precision(tmp_path, monkeyp
             assert tuple(header["experts"][i] for i in winners) == routing[name].winners
 
 
+def test_a_step_without_gradients_is_a_record_without_decisions(tmp_path) -> None:
+    model, optimizer = small()
+    recorder = RoutingRecorder(optimizer, tmp_path / "routing.jsonl")
+    lm_step(model, optimizer, 0)
+    optimizer.step()
+    recorder.close()
+    assert optimizer.routing == {}
+    records = read_routing(tmp_path / "routing.jsonl")[1]
+    assert [record["winners"][0] is None for record in records] == [False, True]
+
+
 def test_recorder_survives_a_torn_line_and_drops_what_a_resume_repeats(tmp_path) -> None:
     model, optimizer = small()
     recorder = RoutingRecorder(optimizer, tmp_path / "r.jsonl")

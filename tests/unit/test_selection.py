@@ -104,6 +104,16 @@ def test_modules_to_save_train_in_molf_efficient() -> None:
     assert names == ["base_model.model.lm_head.modules_to_save.default.weight"]
 
 
+def test_frozen_layers_are_not_routed() -> None:
+    model = causal_lm("llama")
+    model.model.layers[0].requires_grad_(False)
+    names = create_molf_optimizer(model, MoLFConfig(expert_ranks=(2,))).routed_modules
+    assert len(names) == 7
+    assert not model.model.layers[0].mlp.up_proj.weight.requires_grad
+    with pytest.raises(ValueError, match="no layer of LlamaForCausalLM that is not frozen"):
+        create_molf_optimizer(causal_lm("llama").requires_grad_(False), MoLFConfig(expert_ranks=(2,)))
+
+
 class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -62,6 +62,8 @@ def find_routed(model: nn.Module, config: MoLFConfig) -> list[Target]:
         targets = [_adapter_target(name, module, config) for name, module in layers]
     else:
         targets = [_plain_target(name, module) for name, module in _matching(model, config)]
+        if config.train_base:  # a layer that the user froze stays frozen
+            targets = [target for target in targets if target.weight.requires_grad or _quantised(target.weight)]
         if config.lora_dropout and config.expert_ranks:
             raise ValueError(
                 f"lora_dropout={config.lora_dropout}: virtual LoRA experts see no input to drop; use 0, or wrap the "
@@ -70,7 +72,7 @@ def find_routed(model: nn.Module, config: MoLFConfig) -> list[Target]:
     if not targets:
         raise ValueError(
             f"target_modules={config.target_modules!r} with exclude_modules={config.exclude_modules!r} matches no "
-            f"layer of {type(model).__name__}: choose names from model.named_modules()"
+            f"layer of {type(model).__name__} that is not frozen: choose names from model.named_modules()"
         )
     _refuse_tied(model, targets, config)
     _refuse_sparse(model)
@@ -159,16 +161,18 @@ def _adapter_target(name: str, layer: Any, config: MoLFConfig) -> Target:
 def _check_weight(target: Target, config: MoLFConfig) -> None:
     """Refuse a weight that cannot be trained, or that cannot hold P = W + Σ s B A."""
     weight = target.weight
-    quantised = not weight.is_floating_point() or (
-        is_traceable_wrapper_subclass(weight.data) and type(weight.data).__name__ != "DTensor"
-    )
-    if quantised and (config.train_base or target.lora_A is None):
+    if _quantised(weight) and (config.train_base or target.lora_A is None):
         raise ValueError(
             f"{target.name}.weight is quantised ({type(weight.data).__name__}, {weight.dtype}) and cannot be a dense "
             "expert: use train_base=False with a PEFT adapter, or load the model without quantisation"
         )
     if target.lora_A is None and weight.dim() != 2:
         raise ValueError(f"{target.name}.weight has shape {tuple(weight.shape)}, not (out, in): exclude it")
+
+
+def _quantised(weight: Tensor) -> bool:
+    wrapped = is_traceable_wrapper_subclass(weight.data) and type(weight.data).__name__ != "DTensor"
+    return wrapped or not weight.is_floating_point()
 
 
 def _refuse_tied(model: nn.Module, targets: Sequence[Target], config: MoLFConfig) -> None:
@@ -197,7 +201,7 @@ def apply_trainability(
     """Set ``requires_grad`` as the config says and return the trainable parameters that are not routed.
 
     PEFT freezes every base parameter when it wraps a model, so on a PEFT model the config alone decides;
-    on an ordinary model a parameter that the user froze and that is not routed stays frozen. Modules
+    on an ordinary model what the user froze stays frozen. Modules
     named in PEFT's ``modules_to_save`` were asked for by name and train unless ``train_other=False``.
     """
     routed: set[Tensor] = set()

@@ -63,7 +63,7 @@ class MoLFAdamW(Optimizer):
         self.experts = config.experts
         self.modules = tuple(modules)
         self.decision: Decision | None = None
-        self._host_decision: tuple[list[list[float]], list[list[int]]] | None = None
+        self._routing: dict[str, Routing] = {}
         self._awaits_gradient: set[str] = set()
         self._coefficients: dict[tuple[Any, ...], Coefficients] = {}
         ranks = torch.tensor(config.expert_ranks, dtype=torch.long)
@@ -124,24 +124,18 @@ class MoLFAdamW(Optimizer):
         return max((int(state["step"]) for state in self.state.values()), default=0)
 
     @property
-    def host_decision(self) -> tuple[list[list[float]], list[list[int]]]:
-        """Scores and winning expert indices of the last step as lists; copied from the device once per step."""
-        if self.decision is None:
-            raise RuntimeError("no routing yet: call step() first")
-        if self._host_decision is None:
-            self._host_decision = self.decision.to_host()
-        return self._host_decision
-
-    @property
     def routing(self) -> Mapping[str, Routing]:
-        """Experts, scores and winners of the last step for every module that had a gradient; empty before it."""
-        if self.decision is None:
-            return {}
-        scores, winners = self.host_decision
-        return {
-            name: Routing(self.experts, tuple(row), tuple(self.experts[index] for index in best))
-            for name, row, best in zip(self.decision.modules, scores, winners, strict=True)
-        }
+        """Experts, scores and winners of the last step for every module that had a gradient; empty before it.
+
+        Copied from the device once per step, when it is first asked for.
+        """
+        if self.decision is not None and not self._routing:
+            scores, winners = self.decision.to_host()
+            self._routing = {
+                name: Routing(self.experts, tuple(row), tuple(self.experts[index] for index in best))
+                for name, row, best in zip(self.decision.modules, scores, winners, strict=True)
+            }
+        return self._routing
 
     # --- the step -----------------------------------------------------------------------------------
 
@@ -160,12 +154,12 @@ class MoLFAdamW(Optimizer):
         active = [module for module in self.modules if self._has_gradients(module)]
         self._check_resumed({module.name for module in active})
         clip = self._check_gradients(active)
+        self.decision, self._routing = None, {}
         if active:
             sums = torch.stack([self._track(module, clip) for module in active])
             self.decision = decide(
                 tuple(module.name for module in active), self._scores(active, sums), self.config.top_k
             )
-            self._host_decision = None
             for module, winners in zip(active, self.decision.mask, strict=True):
                 self._update(module, winners)
         self._step_other(clip)

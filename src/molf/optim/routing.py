@@ -123,18 +123,14 @@ class RoutingRecorder:
 
     def record(self) -> None:
         """Append the optimizer's latest routing decision."""
-        decision = self.optimizer.decision
-        if decision is None:
-            return
-        scores, winners = self.optimizer.host_decision
-        row = {name: index for index, name in enumerate(decision.modules)}
-        rows = [row.get(name) for name in self._header["modules"]]
+        latest = self.optimizer.routing
+        routing = [latest.get(name) for name in self._header["modules"]]
         groups = [group for group in self.optimizer.param_groups if group["expert"] in self.optimizer.experts]
         line = {
             "step": self.optimizer.steps_taken,
             "lr": {group["expert"]: float(group["lr"]) for group in groups},
-            "scores": [None if i is None else scores[i] for i in rows],
-            "winners": [None if i is None else winners[i] for i in rows],
+            "scores": [None if r is None else r.scores for r in routing],
+            "winners": [None if r is None else [r.experts.index(name) for name in r.winners] for r in routing],
         }
         self._file.write(json.dumps(line, separators=(",", ":")) + "\n")
         self._file.flush()

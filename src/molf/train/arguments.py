@@ -57,6 +57,9 @@ class MethodArguments:
     train_other: bool | None = _help("Train what is not routed; default yes for molf, no for molf-e.")
 
     def __post_init__(self) -> None:
+        for name in ("expert_ranks", "lora_alpha", "target_modules", "exclude_modules"):
+            value = getattr(self, name)  # YAML may give one value without a list
+            setattr(self, name, list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value])
         if not self.model_name_or_path:
             raise ValueError("model_name_or_path is not given: name a transformers folder or hub id")
         if self.method not in METHODS:
