@@ -44,8 +44,21 @@ class Coefficients(NamedTuple):
         return self._replace(decay=self.decay[:, None], step_size=self.step_size[:, None])
 
 
+def moment_dtype(parameter: Tensor) -> torch.dtype:
+    """The dtype of a parameter's moments: fp32 if it is in a 16-bit format, else its own."""
+    return torch.float32 if parameter.dtype in (torch.bfloat16, torch.float16) else parameter.dtype
+
+
+def scaled_gradient(grad: Tensor | None, tensor: Trained, clip: float) -> Tensor:
+    """The gradient in the dtype of the moments, times the clipping factor."""
+    if grad is None:
+        raise RuntimeError("a gradient disappeared during the step")
+    grad = grad.to(tensor.exp_avg.dtype)
+    return grad if clip == 1.0 else grad * clip
+
+
 def update_moments_(tensor: Trained, grad: Tensor, betas: tuple[float, float]) -> None:
-    """M ← m + (1-β1)(g - m),  v ← β2 v + (1-β2) g².  Source: arXiv:2605.07111, Eqs. 2-3."""
+    """Advance the moments:  m ← m + (1-β1)(g - m),  v ← β2 v + (1-β2) g².  Source: arXiv:2605.07111, Eqs. 2-3."""
     beta1, beta2 = betas
     tensor.exp_avg.lerp_(grad, 1 - beta1)
     tensor.exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)

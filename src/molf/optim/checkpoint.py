@@ -29,6 +29,9 @@ def check_loadable(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
             if key not in saved or _plain(saved[key]) != _plain(own[key]):
                 difference = _difference(_plain(saved.get(key)), _plain(own[key]))
                 raise ValueError(f"the optimizer state was made with {key}={difference}: use the same config and model")
+        missing = sorted(own.keys() - saved.keys())
+        if missing:
+            raise ValueError(f"the optimizer state's group {own['expert']} lacks {missing}: the file is damaged")
         if len(saved["params"]) != len(own["params"]):
             raise ValueError(f"the optimizer state's group {own['expert']} has other parameters: use the same model")
     ids = [index for group in saved_groups for index in group["params"]]
@@ -50,6 +53,10 @@ def _check_entry(name: str, saved: dict[str, Any], own: dict[str, Any]) -> None:
         if not isinstance(saved[key], Tensor) or saved[key].shape != value.shape:
             shape = tuple(getattr(saved[key], "shape", ()))
             raise ValueError(f"{key} of {name} has shape {shape} in the optimizer state, here {tuple(value.shape)}")
+        if saved[key].dtype != value.dtype:
+            raise ValueError(f"{key} of {name} is {saved[key].dtype} in the optimizer state, here {value.dtype}")
+        if not saved[key].isfinite().all():
+            raise ValueError(f"{key} of {name} is not finite in the optimizer state: take an older checkpoint")
 
 
 def _plain(value: Any) -> Any:

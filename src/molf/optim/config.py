@@ -63,11 +63,33 @@ class MoLFConfig:
     )
 
     def __post_init__(self) -> None:
+        self._check_types()
         ranks = (self.expert_ranks,) if isinstance(self.expert_ranks, int) else tuple(self.expert_ranks)
         object.__setattr__(self, "expert_ranks", ranks)
         object.__setattr__(self, "betas", tuple(self.betas))
         self._check_experts()
         self._check_numbers()
+
+    def _check_types(self) -> None:
+        for name in ("lr", "lora_lr", "weight_decay", "lora_weight_decay", "eps", "lora_dropout", "max_grad_norm"):
+            value = getattr(self, name)
+            if not _is_number(value) and not (name == "max_grad_norm" and value is None):
+                raise ValueError(f"{name}={value!r}: must be a number (in YAML write 5.0e-5, not 5e-5)")
+        for name in ("train_base", "use_rslora", "train_other"):
+            value = getattr(self, name)
+            if not isinstance(value, bool) and not (name == "train_other" and value is None):
+                raise ValueError(f"{name}={value!r}: must be True or False")
+        if not isinstance(self.expert_ranks, (int, list, tuple)):
+            raise ValueError(f"expert_ranks={self.expert_ranks!r}: give the ranks as a list of integers")
+        alphas = self.lora_alpha if isinstance(self.lora_alpha, (list, tuple)) else [self.lora_alpha]
+        if self.lora_alpha is not None and not all(_is_number(alpha) for alpha in alphas):
+            raise ValueError(f"lora_alpha={self.lora_alpha!r}: give a number, or a list with one per expert")
+        if not isinstance(self.betas, (list, tuple)) or not all(_is_number(beta) for beta in self.betas):
+            raise ValueError(f"betas={self.betas!r}: give two numbers")
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if not isinstance(value, (str, list, tuple, set)) and not (name == "exclude_modules" and value is None):
+                raise ValueError(f"{name}={value!r}: give 'all-linear', a regular expression, or a list of names")
 
     def _check_experts(self) -> None:
         for rank in self.expert_ranks:
@@ -75,7 +97,7 @@ class MoLFConfig:
                 raise ValueError(f"expert_ranks={self.expert_ranks}: every rank must be a positive integer")
         if not self.experts:
             raise ValueError("expert_ranks=() with train_base=False leaves nothing to train: give at least one rank")
-        if not isinstance(self.top_k, int) or not 1 <= self.top_k <= len(self.experts):
+        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or not 1 <= self.top_k <= len(self.experts):
             raise ValueError(
                 f"top_k={self.top_k}: choose from 1 to {len(self.experts)}, the number of experts {self.experts}"
             )
@@ -131,3 +153,7 @@ class MoLFConfig:
     def trains_other(self) -> bool:
         """``train_other`` with its default resolved."""
         return self.train_base if self.train_other is None else self.train_other
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

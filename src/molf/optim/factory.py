@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 
-def create_molf_optimizer(model: nn.Module, config: MoLFConfig | None = None) -> MoLFAdamW:
+def create_molf_optimizer(model: nn.Module, config: MoLFConfig | None = None, **unsupported: Any) -> MoLFAdamW:
     """The MoLF optimizer of a model: the one line that turns fine-tuning into MoLF.
 
     An ordinary model gets virtual LoRA experts: it stays as it is, and what is trained, evaluated and
@@ -26,6 +26,7 @@ def create_molf_optimizer(model: nn.Module, config: MoLFConfig | None = None) ->
     Args:
         model: Any ``nn.Module``, or a PEFT model with one LoRA adapter.
         config: Experts and rates; None means ``MoLFConfig()``.
+        **unsupported: Refused by name, such as ``amsgrad``, ``maximize`` or ``fused``.
 
     Raises:
         ValueError: If the model cannot be routed this way; the message names the layer and the remedy.
@@ -38,6 +39,9 @@ def create_molf_optimizer(model: nn.Module, config: MoLFConfig | None = None) ->
 
     Source: arXiv:2605.07111, sections 4.2 to 4.4.
     """
+    if unsupported:
+        listed = ", ".join(f"{name}={value!r}" for name, value in unsupported.items())
+        raise ValueError(f"{listed}: MoLF has no such option; every setting is a field of MoLFConfig")
     config = MoLFConfig() if config is None else config
     targets = find_routed(model, config)
     others = apply_trainability(model, targets, config)
@@ -135,6 +139,7 @@ def molf_lora_config(config: MoLFConfig, **kwargs: Any) -> LoraConfig:
         if isinstance(config.target_modules, str)
         else list(config.target_modules),
         "exclude_modules": config.exclude_modules,
+        "bias": "none",
     }
     clash = sorted(own.keys() & kwargs.keys())
     if clash:
@@ -149,6 +154,6 @@ class MoLFOptimizerFactory:
         SFTTrainer(..., optimizer_cls_and_kwargs=(MoLFOptimizerFactory, {"config": config}))
     """
 
-    def __call__(self, model: nn.Module, config: MoLFConfig | None = None) -> MoLFAdamW:
+    def __call__(self, model: nn.Module, config: MoLFConfig | None = None, **unsupported: Any) -> MoLFAdamW:
         """``create_molf_optimizer(model, config)``; transformers calls ``factory()(model, **kwargs)``."""
-        return create_molf_optimizer(model, config)
+        return create_molf_optimizer(model, config, **unsupported)

@@ -12,11 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .config import MoLFConfig
 
+_TRAINABLE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _CLASSIFIER_HEADS = ("score", "classifier", "qa_outputs")
 
 
@@ -58,6 +60,7 @@ def find_routed(model: nn.Module, config: MoLFConfig) -> list[Target]:
         ValueError: If nothing matches, or if a matching layer cannot be routed; the message names it.
     """
     layers = [(name, module) for name, module in model.named_modules() if _is_lora_layer(module)]
+    _refuse_foreign_adapters(model, bool(layers))
     if layers:
         targets = [_adapter_target(name, module, config) for name, module in layers]
     else:
@@ -94,25 +97,28 @@ def _matching(model: nn.Module, config: MoLFConfig) -> list[tuple[str, nn.Module
     from peft import LoraConfig
     from peft.tuners.tuners_utils import check_target_module_exists
 
-    patterns = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
-    if patterns == "all-linear":
-        heads = _output_heads(model)
-        patterns = [
-            name for name, m in model.named_modules() if (isinstance(m, nn.Linear) or _is_conv1d(m)) and m not in heads
-        ]
-    if not patterns:
-        return []
     exclude = config.exclude_modules
+    every = config.target_modules == "all-linear"
     rule = LoraConfig(
-        target_modules=patterns,
-        exclude_modules=exclude if exclude is None or isinstance(exclude, str) else list(exclude),
+        target_modules=".*" if every else _listed(config.target_modules),
+        exclude_modules=_listed(exclude),
     )
+    heads = _output_heads(model) if every else []
+    candidates = [
+        (name, module)
+        for name, module in model.named_modules()
+        if name and (not every or ((isinstance(module, nn.Linear) or _is_conv1d(module)) and module not in heads))
+    ]
     try:
-        return [(name, m) for name, m in model.named_modules() if name and check_target_module_exists(rule, name)]
+        return [(name, module) for name, module in candidates if check_target_module_exists(rule, name)]
     except re.error as error:
         raise ValueError(
             f"target_modules={config.target_modules!r} or exclude_modules={exclude!r} is no regular expression: {error}"
         ) from error
+
+
+def _listed(patterns: str | Sequence[str] | None) -> str | list[str] | None:
+    return patterns if patterns is None or isinstance(patterns, str) else list(patterns)
 
 
 def _output_heads(model: nn.Module) -> list[nn.Module]:
@@ -132,7 +138,15 @@ def _plain_target(name: str, module: Any) -> Target:
             f"target_modules selects {name}, a {type(module).__name__}: only linear layers can be routed; "
             "name linear layers, or leave it out with exclude_modules"
         )
-    return Target(name, module.weight, module.bias, transposed)
+    if not isinstance(module.weight, nn.Parameter):
+        raise ValueError(
+            f"{name}.weight is computed by a parametrization, by weight_norm or by pruning, and is no parameter: "
+            "remove that, or leave the layer out with exclude_modules"
+        )
+    if isinstance(module.weight, nn.UninitializedParameter) or module.weight.is_meta:
+        raise ValueError(f"{name}.weight has no values yet: load or initialise the model before making the optimizer")
+    bias = module.bias if module.bias is not None and module.bias.requires_grad else None
+    return Target(name, module.weight, bias, transposed)
 
 
 def _adapter_target(name: str, layer: Any, config: MoLFConfig) -> Target:
@@ -146,8 +160,16 @@ def _adapter_target(name: str, layer: Any, config: MoLFConfig) -> Target:
     transposed = _is_conv1d(base)
     if not transposed and not isinstance(base, nn.Linear):
         raise ValueError(f"{name} adapts a {type(base).__name__}: only linear layers can be routed; exclude it")
-    if getattr(layer, "use_dora", {}).get(key) or layer.lora_B[key].bias is not None:
+    if getattr(layer, "use_dora", {}).get(key) or getattr(layer.lora_B[key], "bias", None) is not None:
         raise ValueError(f"{name} uses DoRA or a LoRA bias: only plain LoRA can be routed; switch both off")
+    if layer.merged:
+        raise ValueError(f"{name} has its adapter merged into the base: call unmerge_adapter() first")
+    dropout = float(getattr(layer.lora_dropout[key], "p", 0.0))
+    if config.lora_dropout not in (0.0, dropout):
+        raise ValueError(
+            f"lora_dropout={config.lora_dropout}, but the adapter of {name} has {dropout}: make it with "
+            "molf_lora_config(config)"
+        )
     A, B = layer.lora_A[key].weight, layer.lora_B[key].weight
     total = sum(config.expert_ranks)
     if A.shape[0] != total:
@@ -170,9 +192,22 @@ def _check_weight(target: Target, config: MoLFConfig) -> None:
         raise ValueError(f"{target.name}.weight has shape {tuple(weight.shape)}, not (out, in): exclude it")
 
 
+def _refuse_foreign_adapters(model: nn.Module, has_lora: bool) -> None:
+    """Refuse PEFT methods other than LoRA, and biases that PEFT was asked to train."""
+    for name, adapter in getattr(model, "peft_config", {}).items():
+        kind = str(getattr(adapter.peft_type, "value", adapter.peft_type))
+        if kind != "LORA" or not has_lora:
+            raise ValueError(
+                f"adapter {name!r} is of type {kind} and has no LoRA layer to route: use "
+                "get_peft_model(model, molf_lora_config(config)), or the model without an adapter"
+            )
+        if adapter.bias != "none":
+            raise ValueError(f"adapter {name!r} has bias={adapter.bias!r}: use bias='none', or train_base=True instead")
+
+
 def _quantised(weight: Tensor) -> bool:
     wrapped = is_traceable_wrapper_subclass(weight.data) and type(weight.data).__name__ != "DTensor"
-    return wrapped or not weight.is_floating_point()
+    return wrapped or weight.dtype not in _TRAINABLE_DTYPES
 
 
 def _refuse_tied(model: nn.Module, targets: Sequence[Target], config: MoLFConfig) -> None:
@@ -201,8 +236,8 @@ def apply_trainability(
     """Set ``requires_grad`` as the config says and return the trainable parameters that are not routed.
 
     PEFT freezes every base parameter when it wraps a model, so on a PEFT model the config alone decides;
-    on an ordinary model what the user froze stays frozen. Modules
-    named in PEFT's ``modules_to_save`` were asked for by name and train unless ``train_other=False``.
+    on an ordinary model what the user froze stays frozen. Whatever else PEFT was asked to train by name
+    (``modules_to_save``, LoRA on embeddings, single tokens) trains unless ``train_other=False``.
     """
     routed: set[Tensor] = set()
     for target in targets:
@@ -215,18 +250,31 @@ def apply_trainability(
         ):
             if parameter is not None:
                 routed.add(parameter)
-                if parameter.is_floating_point():
+                if parameter.is_floating_point() and parameter.requires_grad != trains:
                     parameter.requires_grad_(trains)
     adapted = any(target.lora_A is not None for target in targets)
     others = []
+    own = _adapter_parameters(model)
     for name, parameter in model.named_parameters():
         if parameter in routed or not parameter.is_floating_point():
             continue
-        saved = ".modules_to_save." in name and config.train_other is not False
+        asked = name in own and config.train_other is not False
         if not config.trains_other:
-            parameter.requires_grad_(saved and parameter.requires_grad)
+            parameter.requires_grad_(asked and parameter.requires_grad)
         elif adapted and ".original_module." not in name:
             parameter.requires_grad_(True)
         if parameter.requires_grad:
             others.append((name, parameter))
     return others
+
+
+def _adapter_parameters(model: nn.Module) -> set[str]:
+    """Names of parameters that PEFT added beside the base model's."""
+    wrappers = [name for name, m in model.named_modules() if hasattr(m, "base_layer") or hasattr(m, "modules_to_save")]
+    base = ("base_layer.", "original_module.")
+    return {
+        name
+        for wrapper in wrappers
+        for name, _ in model.named_parameters()
+        if name.startswith(f"{wrapper}.") and not name[len(wrapper) + 1 :].startswith(base)
+    }

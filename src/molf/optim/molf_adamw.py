@@ -13,18 +13,19 @@ is a segment vector, scores are per-rank sums reduced by segment, updates are ma
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .adamw import Coefficients, Trained, adamw_, score_terms, update_moments_
+from . import virtual
+from .adamw import Coefficients, Trained, adamw_, moment_dtype, scaled_gradient, score_terms, update_moments_
 from .checkpoint import check_loadable
 from .config import MoLFConfig
-from .guards import ResumeError, clip_factor, gradient_norm
+from .guards import ResumeError, WrittenTensors, check_gradient, clip_factor, gradient_norm
 from .layout import RoutedModule, Slot
 from .routing import Decision, Routing, decide, read_if_free
 
@@ -66,8 +67,8 @@ class MoLFAdamW(Optimizer):
         self._routing: dict[str, Routing] = {}
         self._awaits_gradient: set[str] = set()
         self._coefficients: dict[tuple[Any, ...], Coefficients] = {}
-        ranks = torch.tensor(config.expert_ranks, dtype=torch.long)
-        self._segments = torch.arange(len(ranks)).repeat_interleave(ranks)
+        self._segments: dict[torch.device, Tensor] = {}
+        self._written = WrittenTensors()
         defaults = {
             "lr": config.lr,
             "weight_decay": 0.0,
@@ -82,36 +83,39 @@ class MoLFAdamW(Optimizer):
         super().__init__(params, defaults)
         for module in self.modules:
             if module.lora_A is None and config.expert_ranks:
-                self._make_virtual_experts(module)
+                weight = self._parameter(module.slots[0])
+                rank, dtype = sum(config.expert_ranks), moment_dtype(weight)
+                virtual.make_experts(self.state[weight], weight, rank, module.transposed, dtype)
+        self._written.remember(self._derived())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All attributes but the caches and the hooks, so that copies and pickles work."""
+        own = ("config", "experts", "modules", "decision", "_routing", "_awaits_gradient", "_written")
+        caches: dict[str, Any] = {"_coefficients": {}, "_segments": {}}
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}, **caches}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group and make the state of its parameters at once."""
+        """Add a group and make the state of its parameters at once; a group without "expert" is not routed.
+
+        Raises:
+            ValueError: If "expert" is none of this optimizer's groups.
+        """
+        known = {*self.experts, "dense_bias", "base", "other", "other_no_decay"}
+        if param_group.setdefault("expert", "other") not in known:
+            raise ValueError(f"expert={param_group['expert']!r}: choose one of {', '.join(sorted(known))}")
+        params = param_group["params"] = _listed(param_group["params"])
+        param_group.setdefault("param_names", [f"added.{len(self.param_groups)}.{i}" for i in range(len(params))])
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         for parameter in group["params"]:
             state = self.state[parameter]
             state["step"] = torch.tensor(0.0)
-            dtype = _moment_dtype(parameter)
+            dtype = moment_dtype(parameter)
             if dtype != parameter.dtype:
                 state["base"] = parameter.detach().to(dtype, copy=True)
             if group["expert"] != "base":
                 state["exp_avg"] = torch.zeros_like(parameter, dtype=dtype)
                 state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=dtype)
-
-    @torch.no_grad()
-    def _make_virtual_experts(self, module: RoutedModule) -> None:
-        """A ~ kaiming_uniform(a=√5), B = 0, moments 0, and the base beside P.  Source: section 4.2."""
-        weight = self._parameter(module.slots[0])
-        state, rank = self.state[weight], len(self._segments)
-        outs, ins = reversed(weight.shape) if module.transposed else weight.shape
-        dtype = _moment_dtype(weight)
-        state["base"] = weight.detach().to(dtype, copy=True)
-        state["lora_A"] = torch.empty(rank, ins, dtype=dtype, device=weight.device)
-        torch.nn.init.kaiming_uniform_(state["lora_A"], a=math.sqrt(5))
-        state["lora_B"] = torch.zeros(outs, rank, dtype=dtype, device=weight.device)
-        for name in ("lora_A", "lora_B"):
-            for moment in ("exp_avg", "exp_avg_sq"):
-                state[f"{name}_{moment}"] = torch.zeros_like(state[name])
 
     @property
     def routed_modules(self) -> list[str]:
@@ -137,8 +141,6 @@ class MoLFAdamW(Optimizer):
             }
         return self._routing
 
-    # --- the step -----------------------------------------------------------------------------------
-
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """Advance all moments, route, update the winners.
@@ -151,6 +153,7 @@ class MoLFAdamW(Optimizer):
         if closure is not None:
             raise ValueError("closure: MoLFAdamW needs gradients of one forward pass; call step() without a closure")
         self._coefficients.clear()
+        self._written.check(self._derived())
         active = [module for module in self.modules if self._has_gradients(module)]
         self._check_resumed({module.name for module in active})
         clip = self._check_gradients(active)
@@ -163,6 +166,7 @@ class MoLFAdamW(Optimizer):
             for module, winners in zip(active, self.decision.mask, strict=True):
                 self._update(module, winners)
         self._step_other(clip)
+        self._written.remember(self._derived())
 
     def _track(self, module: RoutedModule, clip: float) -> Tensor:
         """Universal momentum tracking; returns what the scores sum over each expert's elements, (E,)."""
@@ -175,7 +179,7 @@ class MoLFAdamW(Optimizer):
             for slot in module.dense_slots:
                 parameter = self._parameter(slot)
                 tensor = self._trained(parameter)
-                update_moments_(tensor, _scaled(parameter.grad, tensor, clip), group["betas"])
+                update_moments_(tensor, scaled_gradient(parameter.grad, tensor, clip), group["betas"])
                 terms.append(score_terms(tensor, group["eps"], self.config.score_fn).sum())
             sums.append(torch.stack(terms).sum(0, keepdim=True))
         if self.config.expert_ranks:
@@ -185,7 +189,7 @@ class MoLFAdamW(Optimizer):
                 update_moments_(tensor, grad, group["betas"])
                 per_rank.append(score_terms(tensor, group["eps"], self.config.score_fn).sum(dim))
             zeros = per_rank[0].new_zeros(len(self._lora_experts))
-            sums.append(zeros.index_add_(0, self._segments.to(zeros.device), per_rank[0] + per_rank[1]))
+            sums.append(zeros.index_add_(0, self._segments_on(zeros.device), per_rank[0] + per_rank[1]))
         return torch.cat(sums)
 
     def _scores(self, active: Sequence[RoutedModule], sums: Tensor) -> Tensor:
@@ -207,7 +211,7 @@ class MoLFAdamW(Optimizer):
                 c = self._coefficients_of([group], tensor, self.state[parameter]["step"])
                 adamw_(tensor, c, None if known else winners[0])
         if self.config.expert_ranks and (known is None or any(known[first:])):
-            mask = None if known and all(known[first:]) else winners[first:][self._segments.to(winners.device)]
+            mask = None if known and all(known[first:]) else winners[first:][self._segments_on(winners.device)]
             groups = [self._group(expert) for expert in self._lora_experts]
             step = self.state[self._parameter(module.slots[-1])]["step"]
             A, B = self._pair(module)
@@ -215,47 +219,45 @@ class MoLFAdamW(Optimizer):
             adamw_(A, c.by_row(), None if mask is None else mask[:, None])
             c = self._coefficients_of(groups, B, step, module.folds(self.config.scales))
             adamw_(B, c, mask)
-        self._write(module)
+        for slot in module.slots:
+            self._write(self._parameter(slot), module)
 
     def _step_other(self, clip: float) -> None:
         """AdamW for what is not routed."""
-        for group in self.param_groups:
-            if not group["expert"].startswith("other"):
+        for group, parameter in self._others():
+            if parameter.grad is None:
                 continue
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state, tensor = self.state[parameter], self._trained(parameter)
-                state["step"] += 1
-                update_moments_(tensor, _scaled(parameter.grad, tensor, clip), group["betas"])
-                c = self._coefficients_of([group], tensor, state["step"])
-                adamw_(tensor, c)
-                if "base" in state:
-                    parameter.copy_(state["base"])
+            state, tensor = self.state[parameter], self._trained(parameter)
+            state["step"] += 1
+            update_moments_(tensor, scaled_gradient(parameter.grad, tensor, clip), group["betas"])
+            adamw_(tensor, self._coefficients_of([group], tensor, state["step"]))
+            self._write(parameter)
 
-    def _write(self, module: RoutedModule) -> None:
-        """The model's tensors follow the state: P ← W + Σ s_i B_i A_i, and what has an fp32 master."""
-        for slot in module.slots:
-            parameter = self._parameter(slot)
-            state = self.state[parameter]
-            if slot == module.weight and "lora_A" in state:
-                scaled_B = state["lora_B"] * self._per_rank(self.config.scales, state["lora_B"])
-                left, right = (state["lora_A"].T, scaled_B.T) if module.transposed else (scaled_B, state["lora_A"])
-                parameter.copy_(torch.addmm(state["base"], left, right))
-            elif "base" in state:
-                parameter.copy_(state["base"])
+    def _stored(self, parameter: Tensor, module: RoutedModule | None = None) -> Tensor:
+        """What the model's tensor has to hold: P = W + Σ s_i B_i A_i, or the master, or else itself."""
+        state = self.state[parameter]
+        if "lora_A" in state and module is not None:
+            return virtual.merged(state, self._per_rank(self.config.scales, state["lora_B"]), module.transposed)
+        return state.get("base", parameter)
+
+    def _write(self, parameter: Tensor, module: RoutedModule | None = None) -> None:
+        stored = self._stored(parameter, module)
+        if stored is not parameter:
+            parameter.copy_(stored)
+
+    def _others(self) -> list[tuple[dict[str, Any], Tensor]]:
+        groups = [group for group in self.param_groups if group["expert"].startswith("other")]
+        return [(group, parameter) for group in groups for parameter in group["params"]]
 
     @torch.no_grad()
     def sync_weights(self) -> None:
         """Rewrite every weight of the model from the state, after someone has written to the state."""
         for module in self.modules:
-            self._write(module)
-        for group in self.param_groups:
-            for parameter in group["params"] if group["expert"].startswith("other") else ():
-                if "base" in self.state[parameter]:
-                    parameter.copy_(self.state[parameter]["base"])
-
-    # --- tensors of a module ------------------------------------------------------------------------
+            for slot in module.slots:
+                self._write(self._parameter(slot), module)
+        for _, parameter in self._others():
+            self._write(parameter)
+        self._written.remember(self._derived())
 
     def _parameter(self, slot: Slot) -> Tensor:
         return self.param_groups[slot[0]]["params"][slot[1]]
@@ -281,17 +283,22 @@ class MoLFAdamW(Optimizer):
         """dL/dA (R, in) and dL/dB (out, R): the adapter's, or from G = dL/dP as in identity (a)."""
         A, B = self._pair(module)
         if module.lora_A is not None and module.lora_B is not None:
-            grad_A = _scaled(self._parameter(module.lora_A).grad, A, clip)
-            grad_B = _scaled(self._parameter(module.lora_B).grad, B, clip)
+            grad_A = scaled_gradient(self._parameter(module.lora_A).grad, A, clip)
+            grad_B = scaled_gradient(self._parameter(module.lora_B).grad, B, clip)
             return grad_A, grad_B * self._per_rank(module.folds(self.config.scales), grad_B)
-        G = _scaled(self._parameter(module.slots[0]).grad, B, clip)
-        G = G.T if module.transposed else G
-        scales = self._per_rank(self.config.scales, G)
-        return (B.value * scales).T @ G, (G @ A.value.T) * scales
+        G = scaled_gradient(self._parameter(module.slots[0]).grad, B, clip)
+        return virtual.gradients(G, A.value, B.value, self._per_rank(self.config.scales, G), module.transposed)
 
     def _per_rank(self, per_expert: Sequence[float], like: Tensor) -> Tensor:
         """One number per LoRA expert, spread over the rank axis, (R,)."""
-        return like.new_tensor(per_expert)[self._segments.to(like.device)]
+        return like.new_tensor(per_expert)[self._segments_on(like.device)]
+
+    def _segments_on(self, device: torch.device) -> Tensor:
+        """The LoRA expert of every rank: ranks (2, 3) give [0, 0, 1, 1, 1]."""
+        if device not in self._segments:
+            ranks = torch.tensor(self.config.expert_ranks, dtype=torch.long)
+            self._segments[device] = torch.arange(len(ranks)).repeat_interleave(ranks).to(device)
+        return self._segments[device]
 
     @property
     def _lora_experts(self) -> tuple[str, ...]:
@@ -314,7 +321,13 @@ class MoLFAdamW(Optimizer):
             self._coefficients[key] = Coefficients(decay, size, (1 - beta2**n) ** 0.5, groups[0]["eps"])
         return self._coefficients[key]
 
-    # --- guards -------------------------------------------------------------------------------------
+    def _derived(self) -> list[tuple[str, Tensor, Callable[[], Tensor]]]:
+        """The model's tensors that this optimizer rewrites: name, tensor, and what the state says it holds."""
+        entries: list[tuple[str, Tensor, Any]] = [
+            (m.name, self._parameter(slot), m) for m in self.modules for slot in m.slots
+        ]
+        entries += [("an unrouted parameter", parameter, None) for _, parameter in self._others()]
+        return [(name, p, partial(self._stored, p, m)) for name, p, m in entries if "base" in self.state[p]]
 
     def _has_gradients(self, module: RoutedModule) -> bool:
         present = [self._parameter(slot).grad is not None for slot in module.slots]
@@ -334,8 +347,7 @@ class MoLFAdamW(Optimizer):
         for group in self.param_groups:
             for name, parameter in zip(group["param_names"], group["params"], strict=True):
                 if parameter.grad is not None:
-                    if parameter.grad.is_sparse:
-                        raise ValueError(f"{name} has a sparse gradient, which has no moments: make its layer dense")
+                    check_gradient(name, parameter, self.state[parameter])
                     counts = group["expert"] != "base" and group["expert"] not in self._lora_experts
                     found.append((name, gradient_norm(parameter.grad), counts))
         limit = self.config.max_grad_norm
@@ -355,14 +367,13 @@ class MoLFAdamW(Optimizer):
             )
         self._awaits_gradient = set()
 
-    # --- saving -------------------------------------------------------------------------------------
-
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a state saved by ``state_dict``, every tensor in the precision that this optimizer keeps it in.
 
         torch casts the state of a bf16 parameter to bf16 on load; here masters and moments stay fp32, and
-        the next step is bit-identical to the uninterrupted run's. Nothing changes if an error is raised.
+        the next step is bit-identical to the uninterrupted run's. The model's weights follow the state. Nothing
+        changes if an error is raised.
 
         Raises:
             ValueError: If the state is of other experts, another score or other parameters.
@@ -373,20 +384,12 @@ class MoLFAdamW(Optimizer):
         self.state = kept
         for index, parameter in enumerate(p for group in self.param_groups for p in group["params"]):
             for key, value in state_dict["state"][index].items():
-                device = value.device if key == "step" else parameter.device
+                device = torch.device("cpu") if key == "step" else parameter.device
                 self.state[parameter][key] = value.to(device, self.state[parameter][key].dtype, copy=True)
+        self.sync_weights()
         steps = {module.name: int(self.state[self._parameter(module.slots[0])]["step"]) for module in self.modules}
         self._awaits_gradient = {name for name, taken in steps.items() if taken == self.steps_taken > 0}
 
 
-def _moment_dtype(parameter: Tensor) -> torch.dtype:
-    """fp32 for parameters in a 16-bit format, their own dtype otherwise."""
-    return torch.float32 if parameter.dtype in (torch.bfloat16, torch.float16) else parameter.dtype
-
-
-def _scaled(grad: Tensor | None, tensor: Trained, clip: float) -> Tensor:
-    """The gradient in the dtype of the moments, times the clipping factor."""
-    if grad is None:
-        raise RuntimeError("a gradient disappeared during the step")
-    grad = grad.to(tensor.exp_avg.dtype)
-    return grad if clip == 1.0 else grad * clip
+def _listed(params: Any) -> list[Any]:
+    return [params] if isinstance(params, Tensor) else list(params)

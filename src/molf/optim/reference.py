@@ -136,7 +136,7 @@ class MoLFAdamWReference:
             self._update(expert)
 
     def _clip(self) -> None:
-        """G ← g · min(1, c / (‖g‖ + 1e-6)), the norm over all experts' and other parameters' gradients."""
+        """Clip:  g ← g · min(1, c / (‖g‖ + 1e-6)), the norm over all experts' and other parameters' gradients."""
         if self.config.max_grad_norm is None:
             return
         everyone = [expert for experts in self.experts.values() for expert in experts] + self.others

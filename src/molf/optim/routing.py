@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -91,10 +91,10 @@ class RoutingRecorder:
 
     Args:
         optimizer: A ``MoLFAdamW``, or what wraps one in an attribute ``optimizer`` (accelerate).
-        path: The file; an existing log of the same modules and experts is continued.
+        path: The file, made at the first record; an existing log of the same modules and experts is continued.
 
     Raises:
-        ValueError: If ``path`` holds a log of other modules or experts.
+        ValueError: If ``path`` exists and is no such log.
     """
 
     def __init__(self, optimizer: Any, path: str | os.PathLike[str]) -> None:
@@ -105,29 +105,34 @@ class RoutingRecorder:
             "modules": self.optimizer.routed_modules,
             "experts": list(self.optimizer.experts),
         }
-        kept = self._records_until(self.optimizer.steps_taken)
+        if self.path.exists() and read_routing(self.path)[0] != self._header:
+            raise ValueError(f"{self.path} holds the routing of other modules or experts: choose another path")
+        self._file: IO[str] | None = None
+        self._hook = self.optimizer.register_step_post_hook(lambda *_: self.record())
+
+    def _open(self, step: int) -> IO[str]:
+        """The log with the records before ``step``; a log of an earlier run from the start is kept as ``.old``."""
+        kept = []
+        if self.path.exists():
+            kept = [record for record in read_routing(self.path)[1] if record["step"] < step]
+            if not kept:
+                self.path.replace(self.path.with_name(self.path.name + ".old"))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_name(self.path.name + ".part")
         partial.write_text("".join(json.dumps(line, separators=(",", ":")) + "\n" for line in [self._header, *kept]))
         partial.replace(self.path)
-        self._file = self.path.open("a")
-        self._hook = self.optimizer.register_step_post_hook(lambda *_: self.record())
-
-    def _records_until(self, step: int) -> list[dict[str, Any]]:
-        if not self.path.exists() or step == 0:
-            return []
-        header, records = read_routing(self.path)
-        if header != self._header:
-            raise ValueError(f"{self.path} holds the routing of other modules or experts: choose another path")
-        return [record for record in records if record["step"] <= step]
+        return self.path.open("a")
 
     def record(self) -> None:
         """Append the optimizer's latest routing decision."""
+        step = self.optimizer.steps_taken
+        if self._file is None:
+            self._file = self._open(step)
         latest = self.optimizer.routing
         routing = [latest.get(name) for name in self._header["modules"]]
         groups = [group for group in self.optimizer.param_groups if group["expert"] in self.optimizer.experts]
         line = {
-            "step": self.optimizer.steps_taken,
+            "step": step,
             "lr": {group["expert"]: float(group["lr"]) for group in groups},
             "scores": [None if r is None else r.scores for r in routing],
             "winners": [None if r is None else [r.experts.index(name) for name in r.winners] for r in routing],
@@ -138,7 +143,8 @@ class RoutingRecorder:
     def close(self) -> None:
         """Stop recording and close the file."""
         self._hook.remove()
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -1,0 +1,211 @@
+"""What users do to models and optimizers around the step: copies, conversions, loads, other adapters."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from peft import IA3Config, LoraConfig, get_peft_model
+from torch import nn
+
+from models import causal_lm, lm_step
+from molf import (
+    MoLFConfig,
+    MoLFOptimizerFactory,
+    RoutingRecorder,
+    create_molf_optimizer,
+    molf_lora_config,
+    read_routing,
+)
+
+TWO = MoLFConfig(expert_ranks=(2,))
+EFFICIENT = MoLFConfig(expert_ranks=(2, 4), train_base=False)
+
+
+class Nested(nn.Module):
+    """A model whose head has layers of names that the body has too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense, self.classifier = nn.Linear(4, 4), nn.Sequential()
+        self.classifier.dense, self.classifier.out_proj = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def get_output_embeddings(self):
+        return None
+
+
+def test_all_linear_is_by_type_not_by_name() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.Sequential(nn.ReLU(), nn.Linear(8, 2)))
+    assert create_molf_optimizer(model, TWO).routed_modules == ["0", "1.1"]
+    assert create_molf_optimizer(Nested(), TWO).routed_modules == ["dense"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: torch.nn.utils.parametrizations.weight_norm(m[0]), r"0\.weight is computed by a parametrization"),
+        (lambda m: m.to("meta"), r"0\.weight has no values yet"),
+        (lambda m: m.__setitem__(0, nn.LazyLinear(4)), r"0\.weight has no values yet"),
+        (lambda m: m[0].__setattr__("weight", nn.Parameter(torch.zeros(4, 4).to(torch.float8_e4m3fn), False)),
+         r"0\.weight is quantised .*float8"),
+    ],
+)  # fmt: skip
+def test_weights_that_cannot_be_trained_are_refused_by_name(change, message: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    change(model)
+    with pytest.raises(ValueError, match=message):
+        create_molf_optimizer(model, TWO)
+
+
+def test_unsupported_options_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="amsgrad=True: MoLF has no such option"):
+        create_molf_optimizer(causal_lm("llama"), TWO, amsgrad=True)
+    with pytest.raises(ValueError, match="fused=True"):
+        MoLFOptimizerFactory()(causal_lm("llama"), config=TWO, fused=True)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "message"),
+    [
+        (IA3Config(target_modules=["q_proj"], feedforward_modules=[]), "'default' is of type IA3"),
+        (LoraConfig(r=6, target_modules=["q_proj"], bias="all"), "bias='all'"),
+    ],
+)
+def test_other_adapters_are_refused_by_name(adapter, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        create_molf_optimizer(get_peft_model(causal_lm("qwen2"), adapter), EFFICIENT)
+
+
+def test_what_peft_was_asked_to_train_still_trains() -> None:
+    model = get_peft_model(causal_lm("llama"), molf_lora_config(EFFICIENT, trainable_token_indices=[1, 2]))
+    asked = [name for name, p in model.named_parameters() if p.requires_grad and "trainable_tokens" in name]
+    create_molf_optimizer(model, EFFICIENT)
+    assert asked
+    assert all(model.get_parameter(name).requires_grad for name in asked)
+    with pytest.raises(ValueError, match="bias: set by the experts"):
+        molf_lora_config(EFFICIENT, bias="all")
+    with pytest.raises(ValueError, match=r"lora_dropout=0\.5, but the adapter .* has 0\.0"):
+        create_molf_optimizer(model, MoLFConfig(expert_ranks=(2, 4), train_base=False, lora_dropout=0.5))
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="unmerge_adapter"):
+        create_molf_optimizer(model, EFFICIENT)
+
+
+def test_a_frozen_bias_stays_frozen() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].bias.requires_grad_(False)
+    create_molf_optimizer(model, TWO)
+    assert not model[0].bias.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_changed_behind_the_optimizer_are_not_overwritten(dtype: torch.dtype) -> None:
+    model = causal_lm("llama", dtype)
+    optimizer = create_molf_optimizer(model, TWO)
+    lm_step(model, optimizer, 0)
+    saved = copy.deepcopy(model.state_dict())
+    model.load_state_dict(saved)  # the same content: nothing is wrong
+    lm_step(model, optimizer, 1)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(2)
+    before = model.model.layers[1].mlp.up_proj.weight.detach().clone()
+    with pytest.raises(RuntimeError, match=r"layers\.1\.mlp\.up_proj was changed since"):
+        lm_step(model, optimizer, 2)
+    assert torch.equal(before, model.model.layers[1].mlp.up_proj.weight)
+    optimizer.zero_grad()
+    optimizer.sync_weights()
+    lm_step(model, optimizer, 2)
+
+
+def test_loading_a_state_brings_the_weights_with_it() -> None:
+    model = causal_lm("llama")
+    optimizer = create_molf_optimizer(model, TWO)
+    for step in range(3):
+        lm_step(model, optimizer, step)
+    other = causal_lm("llama")
+    create = create_molf_optimizer(other, TWO)
+    create.load_state_dict(optimizer.state_dict())
+    layer = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(model.get_parameter(layer), other.get_parameter(layer))
+
+
+def test_a_converted_model_is_noticed() -> None:
+    model = causal_lm("llama")
+    optimizer = create_molf_optimizer(model, MoLFConfig(expert_ranks=()))
+    model.bfloat16()
+    with pytest.raises(RuntimeError, match=r"is torch\.bfloat16 now: convert the model before"):
+        lm_step(model, optimizer, 0)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_copies_and_pickles_go_on_alike(duplicate) -> None:
+    model = causal_lm("llama")
+    optimizer = create_molf_optimizer(model, TWO)
+    lm_step(model, optimizer, 0)
+    twin, twin_optimizer = duplicate((model, optimizer))
+    assert twin_optimizer.routing == optimizer.routing
+    for step in (1, 2):
+        assert lm_step(model, optimizer, step) == lm_step(twin, twin_optimizer, step)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def test_groups_added_later_train_as_adamw() -> None:
+    optimizer = create_molf_optimizer(nn.Sequential(nn.Linear(4, 4)), TWO)
+    extra = nn.Parameter(torch.ones(3))
+    optimizer.add_param_group({"params": extra, "lr": 0.1})
+    extra.grad = torch.ones(3)
+    optimizer.step()
+    torch.testing.assert_close(extra.detach(), torch.full((3,), 0.9))
+    with pytest.raises(ValueError, match="expert='dens': choose one of"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))], "expert": "dens"})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"lr": "5e-5"}, "lr='5e-5': must be a number"),
+        ({"max_grad_norm": "1"}, "max_grad_norm='1'"),
+        ({"betas": 0.9}, "betas=0.9"),
+        ({"expert_ranks": None}, "expert_ranks=None"),
+        ({"target_modules": None}, "target_modules=None"),
+        ({"lora_alpha": "32"}, "lora_alpha='32'"),
+        ({"top_k": True}, "top_k=True"),
+        ({"train_other": "no"}, "train_other='no': must be True or False"),
+    ],
+)
+def test_types_are_checked_by_name(fields, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MoLFConfig(**fields)
+
+
+def test_a_damaged_state_is_refused() -> None:
+    model = causal_lm("llama")
+    optimizer = create_molf_optimizer(model, TWO)
+    lm_step(model, optimizer, 0)
+    good = optimizer.state_dict()
+    for change, message in (
+        (lambda s: s["param_groups"][0].pop("lr"), r"lacks \['lr'\]"),
+        (lambda s: s["state"][0].update(exp_avg=s["state"][0]["exp_avg"].double()), "is torch.float64"),
+        (lambda s: s["state"][0].update(exp_avg=s["state"][0]["exp_avg"] * torch.nan), "is not finite"),
+    ):
+        broken = copy.deepcopy(good)
+        change(broken)
+        with pytest.raises(ValueError, match=message):
+            optimizer.load_state_dict(broken)
+
+
+def test_recorder_never_destroys_a_file(tmp_path) -> None:
+    model = causal_lm("llama")
+    optimizer = create_molf_optimizer(model, TWO)
+    (tmp_path / "precious.txt").write_text("mine\n")
+    with pytest.raises(ValueError, match="is no routing log"):
+        RoutingRecorder(optimizer, tmp_path / "precious.txt")
+    for _ in range(2):
+        recorder = RoutingRecorder(create_molf_optimizer(model, TWO), tmp_path / "r.jsonl")
+        lm_step(model, recorder.optimizer, 0)
+        recorder.close()
+    assert len(read_routing(tmp_path / "r.jsonl.old")[1]) == 1
+    recorder = RoutingRecorder(optimizer, tmp_path / "r.jsonl")  # made before the state is loaded
+    optimizer.load_state_dict(create_molf_optimizer(causal_lm("llama"), TWO).state_dict())
+    recorder.close()
+    assert len(read_routing(tmp_path / "r.jsonl")[1]) == 1
