@@ -94,8 +94,8 @@ class Context:
         if self.long_prompts == "refuse" or room < 1:
             remedy = "shorten it, or set long_prompts to truncate" if room >= 1 else "ask for a shorter completion"
             raise ValueError(
-                f"a prompt of {len(prompt)} tokens and a completion of {reserve} exceed the model's context of "
-                f"{self.length}: {remedy}"
+                f"a prompt of {len(prompt)} tokens and a completion of {reserve} exceed the context of "
+                f"{self.length} tokens: {remedy}"
             )
         self._cut.add(tuple(prompt))
         return keep + prompt[len(prompt) - room :]

@@ -56,9 +56,13 @@ def _read_json(path: Path) -> list[Any]:
 
 def _read_dataset(source: str) -> list[Any]:
     from datasets import load_dataset
+    from datasets.exceptions import DatasetBuildError
 
     name, colon, split = (source, "", "") if Path(source).is_dir() else source.partition(":")
-    splits = load_dataset(name)
+    try:
+        splits = load_dataset(name)
+    except DatasetBuildError as error:
+        raise ValueError(f"{source} is no dataset: {error.__cause__ or error}") from error
     if colon and split not in splits:
         raise ValueError(f"{source}: no split {split!r}, choose one of {', '.join(splits)}")
     return list(splits[split or next(iter(splits))])
