@@ -76,18 +76,18 @@ def fit_examples(dataset: Any, tokenizer: Any, context: Context, name: str) -> A
     from datasets import Dataset
 
     pairs = [(row["prompt"], row["completion"] + tokenizer.eos_token) for row in dataset]
-    lengths = [len(ids) for ids in tokenizer([prompt + completion for prompt, completion in pairs]).input_ids]
     limit = context.length
-    if limit is None or max(lengths) <= limit:
+    batch = tokenizer([prompt + completion for prompt, completion in pairs]).input_ids
+    if limit is None or max(map(len, batch)) <= limit:
         return dataset
+    tokens = [tokenize_pair(tokenizer, prompt, completion) for prompt, completion in pairs]
     rows = []
-    for index, (prompt, completion) in enumerate(pairs):
-        ids, completion_ids = tokenize_pair(tokenizer, prompt, completion)
+    for index, (ids, completion_ids) in enumerate(tokens):
         try:
             ids = context.fit(ids, len(completion_ids))
         except ValueError as error:
-            count = sum(length > limit for length in lengths)
-            raise ValueError(f"{name}, record {index} ({count} of {len(lengths)} are too long): {error}") from error
+            count = sum(len(prompt) + len(completion) > limit for prompt, completion in tokens)
+            raise ValueError(f"{name}, record {index} ({count} of {len(tokens)} are too long): {error}") from error
         mask = [0] * len(ids) + [1] * len(completion_ids)
         rows.append({"input_ids": ids + completion_ids, "completion_mask": mask})
     return Dataset.from_list(rows)
