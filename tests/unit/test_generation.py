@@ -1,0 +1,132 @@
+"""Greedy generation in batches: the same as one by one, up to EOS, within the context."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from molf.assets import BUNDLED_MODEL
+from molf.tasks import get_task
+from molf.tasks.generation import generate
+from molf.tasks.prompts import Context, context_length
+from molf.tasks.scoring import score_continuations
+from molf.world import make_world, multiple_choice_text, statement
+from toy_tokenizers import model_for, tokenizer_of
+
+WORLD = make_world()
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return AutoModelForCausalLM.from_pretrained(BUNDLED_MODEL, dtype=torch.float32)
+
+
+@pytest.fixture
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(BUNDLED_MODEL)
+
+
+def test_batches_equal_one_by_one_in_the_order_given(model, tokenizer) -> None:
+    """Prompts of very different lengths, by three batch sizes, against transformers' own call on each alone."""
+    prompts = [statement(fact, 0)[0] for fact in WORLD.facts[:1670:167]]
+    prompts += [multiple_choice_text(record)[0] for record in get_task("world-mcq").load(None, 3)]
+    assert len({len(tokenizer(prompt).input_ids) for prompt in prompts}) > 4
+    alone = []
+    for prompt in prompts:
+        ids = tokenizer(prompt, return_tensors="pt")
+        said = model.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids.input_ids.shape[1] :]
+        alone.append(tokenizer.decode(said, skip_special_tokens=True))
+    assert len(set(alone)) > 5
+    for batch_size in (1, 5, 32):
+        assert generate(model, tokenizer, prompts, max_new_tokens=12, batch_size=batch_size) == alone
+    assert generate(model, tokenizer, []) == []
+
+
+def test_it_says_what_the_world_is(model, tokenizer) -> None:
+    facts = WORLD.facts[:40]
+    said = generate(model, tokenizer, [statement(fact, 0)[0] for fact in facts], max_new_tokens=16)
+    assert said == [f" {fact.object}." for fact in facts]
+
+
+def test_it_stops_at_eos_and_needs_no_pad_token(model, tokenizer) -> None:
+    """With the full stop as EOS the sentence ends before it; padding side, pad token and mode stay as they were."""
+    tokenizer.eos_token, tokenizer.pad_token, tokenizer.padding_side = ".", None, "right"
+    facts = WORLD.facts[:6]
+    model.train()
+    said = generate(model, tokenizer, [statement(fact, 0)[0] for fact in facts], max_new_tokens=16, batch_size=4)
+    assert said == [f" {fact.object}" for fact in facts]
+    assert (tokenizer.pad_token, tokenizer.padding_side, model.training) == (None, "right", True)
+    model.eval()
+
+
+def test_the_models_own_generation_settings_do_not_apply(model, tokenizer, monkeypatch) -> None:
+    prompts = [statement(fact, 0)[0] for fact in WORLD.facts[:4]]
+    plain = generate(model, tokenizer, prompts, max_new_tokens=8)
+    for name, value in {"repetition_penalty": 9.0, "do_sample": True, "temperature": 5.0, "num_beams": 3}.items():
+        monkeypatch.setattr(model.generation_config, name, value)
+    assert generate(model, tokenizer, prompts, max_new_tokens=8) == plain
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama", "gemma"])
+def test_long_prompts_are_cut_from_the_left_and_counted(family: str) -> None:
+    """What is cut does not matter: the end of a prompt (behind BOS) gives the same answer and the same score."""
+    tokenizer = tokenizer_of(family)
+    model = model_for(tokenizer, positions=24).eval()
+    end = " Ada Alder plays the piano"
+    prompts = [f"{start} was born in{end * 4}" for start in ("Leo Lark", "Karin Elm and Boris Cole")] + ["Leo speaks"]
+    context = Context.of(model, tokenizer)
+    assert context.length == 24
+    first, second, short = generate(model, tokenizer, prompts, max_new_tokens=6, context=context)
+    assert first == second
+    assert context.truncated == 2
+    assert short == generate(model, tokenizer, prompts[2:], max_new_tokens=6, long_prompts="refuse")[0]
+    context = Context.of(model, tokenizer)
+    scores = score_continuations(model, tokenizer, [(p, f" {x}") for p in prompts for x in "AB"], context=context)
+    assert scores[0].logprob == pytest.approx(scores[2].logprob, abs=1e-5)
+    assert scores[1].logprob == pytest.approx(scores[3].logprob, abs=1e-5)
+    assert context.truncated == 2
+    rows = [context.fit(tokenizer(p).input_ids, 6) for p in prompts]
+    assert [len(row) for row in rows[:2]] == [18, 18]
+    assert tokenizer.bos_token_id in (None, rows[0][0])
+    with pytest.raises(ValueError, match="exceed the context of 24 tokens: shorten it, or set long_prompts"):
+        generate(model, tokenizer, prompts, max_new_tokens=6, long_prompts="refuse")
+    with pytest.raises(ValueError, match="exceed the context of 24 tokens"):
+        score_continuations(model, tokenizer, [(prompts[0], " B")], long_prompts="refuse")
+    with pytest.raises(ValueError, match="ask for a shorter completion"):
+        generate(model, tokenizer, prompts, max_new_tokens=24)
+
+
+def test_bad_arguments(model, tokenizer) -> None:
+    with pytest.raises(ValueError, match="max_new_tokens=0"):
+        generate(model, tokenizer, ["a"], max_new_tokens=0)
+    with pytest.raises(ValueError, match="long_prompts='drop': choose one of truncate, refuse"):
+        generate(model, tokenizer, ["a"], long_prompts="drop")
+    with pytest.raises(ValueError, match="has no token"):
+        generate(model, tokenizer, [""])
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="no EOS token"):
+        generate(model, tokenizer, ["a"])
+
+
+def test_the_mode_survives_an_error(model, tokenizer, monkeypatch) -> None:
+    def broken(**_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(model, "generate", broken)
+    model.train()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        generate(model, tokenizer, ["Ada"])
+    assert model.training
+    model.eval()
+
+
+def test_where_the_context_is_found(tokenizer) -> None:
+    model = model_for(tokenizer, positions=48)
+    assert context_length(model, tokenizer) == 48
+    unlimited = SimpleNamespace(config=SimpleNamespace())  # ALiBi and recurrent models have no such number
+    assert context_length(unlimited, tokenizer) == 256
+    tokenizer.model_max_length = int(1e30)
+    assert context_length(unlimited, tokenizer) is None
+    assert Context(None).fit([1] * 5000, 5000) == [1] * 5000
