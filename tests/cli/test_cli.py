@@ -1,6 +1,7 @@
 """The command line in process: what it prints, writes and refuses."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from molf import read_routing
 from molf.assets import BUNDLED_MODEL
 from molf.cli import main
+from molf.train.data import load_pairs
 
 COMMON = {
     "model_name_or_path": str(BUNDLED_MODEL),
@@ -110,10 +112,10 @@ def test_yaml_values_and_lists(tmp_path, config, written, ranks, modules, routed
 def test_what_is_refused(tmp_path, config, capsys) -> None:
     train = ["train", "--config", config, "--output_dir", tmp_path / "run"]
     assert "unknown command 'trian': choose one of demo, train" in fails(capsys, "trian")
-    assert "no_such_option" in fails(capsys, *train, "--no_such_option", "3")
+    assert "unknown option: --no_such_option 3" in fails(capsys, *train, "--no_such_option", "3")
     assert "learning_rate" in fails(capsys, *train, "--learning_rate", "fast")
     assert "method='full': choose one of fft, lora, molf, molf-e" in fails(capsys, *train, "--method", "full")
-    assert "expert_ranks=[4]: fft has no LoRA expert" in fails(capsys, *train, "--method", "fft", "--expert_ranks", "4")
+    assert "expert_ranks=[4]: fft does not use it" in fails(capsys, *train, "--method", "fft", "--expert_ranks", "4")
     assert "top_k=9" in fails(capsys, *train, "--top_k", "9")
     assert "lora_dropout=0.1" in fails(capsys, *train, "--lora_dropout", "0.1")
     assert "missing.json" in fails(capsys, *train, "--dataset_path", tmp_path / "missing.json")
@@ -141,6 +143,76 @@ def test_what_is_refused(tmp_path, config, capsys) -> None:
     ]
     assert "line 2: needs a non-empty string 'completion'" in fails(capsys, *plain)
     assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_options_that_do_nothing_or_nonsense_are_refused(tmp_path, config, capsys) -> None:
+    train = ["train", "--config", config, "--output_dir", tmp_path / "run"]
+    assert "lora_lr=0.1: fft does not use it" in fails(capsys, *train, "--method", "fft", "--lora_lr", "0.1")
+    assert "score_fn=pfn: lora does not use it" in fails(capsys, *train, "--method", "lora", "--score_fn", "pfn")
+    assert "lora takes lora_weight_decay" in fails(capsys, *train, "--method", "lora", "--weight_decay", "0.5")
+    assert "molf is the optimizer" in fails(capsys, *train, "--optim", "adafactor")
+    assert "gradient_accumulation_steps=0" in fails(capsys, *train, "--gradient_accumulation_steps", "0")
+    assert "unknown option: stray" in fails(capsys, *train, "stray")
+    assert "--config: name a YAML file" in fails(capsys, "train", "--config")
+    assert "eos_token='<none>'" in fails(capsys, *train, "--eos_token", "<none>")
+    assert "the trainer cannot be made" in fails(capsys, *train, "--report_to", "wandb")
+    for text, message in (
+        ("1: 2", "wrong type"),
+        ("learning_rate: [1]", "wrong type"),
+        ("lora_lr: true", "lora_lr=True"),
+    ):
+        (tmp_path / "bad.yaml").write_text(config.read_text() + text + "\n")
+        assert message in fails(capsys, "train", f"--config={tmp_path / 'bad.yaml'}", "--output_dir", tmp_path / "run")
+    broken = tmp_path / "model"
+    shutil.copytree(BUNDLED_MODEL, broken)
+    (broken / "model.safetensors").write_bytes(b"x" * 100)
+    assert "weights of" in fails(capsys, *train, "--model_name_or_path", broken)
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_json_lines_end_at_newlines_only_and_may_have_a_mark(tmp_path) -> None:
+    path = tmp_path / "data.jsonl"
+    record = {"prompt": "Ada\u2028Alder\x85 speaks", "completion": " Cestic"}
+    path.write_text("\ufeff" + json.dumps(record, ensure_ascii=False) + "\r\n", encoding="utf-8")
+    assert load_pairs(path) == [record]
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"data\.jsonl is not UTF-8 text"):
+        load_pairs(path)
+
+
+def test_long_examples_are_cut_from_the_left_or_refused(tmp_path, capsys) -> None:
+    path = tmp_path / "data.jsonl"
+    rows = [{"prompt": "Ada Alder " * length + "plays the", "completion": " drum"} for length in (1, 200)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    options = ["train", *[f"--{key}={value}" for key, value in COMMON.items()], "--expert_ranks", "2"]
+    command = [*options, "--dataset_path", str(path), "--output_dir", str(tmp_path / "run")]
+    assert "record 1 (1 of 2 are too long)" in fails(capsys, *command, "--long_prompts", "refuse")
+    assert main(command) == 0
+    assert "1 of 2 prompts are longer than 256 tokens: cut from the left" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["truncated_examples"] == 1
+
+
+def test_a_used_folder_is_refused_and_a_resume_is_exact_or_refused(tmp_path, config, capsys) -> None:
+    out = tmp_path / "run"
+    options = ["--expert_ranks", "2", "--save_strategy", "steps", "--save_steps", "1", "--max_steps", "3"]
+    command = ["train", "--config", config, "--output_dir", out, *options, "--logging_steps", "1"]
+    assert main([str(word) for word in command]) == 0
+    whole = json.loads((out / "metrics.json").read_text())
+    assert "holds run.json of an earlier run" in fails(capsys, *command)
+    resume = [*command, "--resume_from_checkpoint"]
+    assert "all 3 steps of the run are done" in fails(capsys, *resume, "last")
+    first = out / "checkpoint-1"
+    assert "learning_rate was 0.001" in fails(capsys, *resume, first, "--learning_rate", "1")
+    assert "score_fn was epd" in fails(capsys, *resume, first, "--score_fn", "pfn")
+    assert main([str(word) for word in (*resume, first)]) == 0
+    again = json.loads((out / "metrics.json").read_text())
+    assert again["train_loss"] == pytest.approx(whole["train_loss"], abs=1e-3)
+    assert {key: again[key] for key in ("score", "steps")} == {key: whole[key] for key in ("score", "steps")}
+    assert again["resumed_from"] == str(first)
+    (first / "optimizer.pt").write_bytes((first / "optimizer.pt").read_bytes()[:1000])
+    assert "optimizer.pt is damaged" in fails(capsys, *resume, first)
+    (first / "optimizer.pt").unlink()
+    assert "optimizer.pt is missing" in fails(capsys, *resume, first)
 
 
 def test_a_non_finite_gradient_is_one_line_and_keeps_the_checkpoint(tmp_path, config, capsys) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -49,6 +50,8 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument("--epochs", type=int, default=10, help="passes over the edits")
     parser.add_argument("--seed", type=int, default=0, help="seed of the edits and of training")
     options = parser.parse_args(argv)
+    if options.epochs < 1:
+        raise ValueError(f"--epochs {options.epochs}: must be at least 1")
     edits = counterfactual_edits(make_world(), options.edits, options.seed)
     options.output_dir.mkdir(parents=True, exist_ok=True)
     data = options.output_dir / "edits.json"
@@ -60,6 +63,8 @@ def run(argv: Sequence[str]) -> None:
     results = []
     for method in options.methods:
         out = options.output_dir / method
+        if (out / "run.json").exists():
+            shutil.rmtree(out)  # an earlier demo's
         print(f"\n== {method}: molf train --config {config} --method {method} {' '.join(METHODS[method])}", flush=True)
         command = [sys.executable, "-m", "molf", "train", "--config", str(config), "--method", method]
         done = subprocess.run([*command, *METHODS[method], "--output_dir", str(out)], stdout=subprocess.PIPE, text=True)

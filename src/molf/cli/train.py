@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import yaml
 from trl import TrlParser
@@ -21,6 +21,13 @@ class _Parser(TrlParser):
         """Raise instead of printing the usage of three hundred options."""
         raise ValueError(message)
 
+    def parse_known_args(self, *arguments: Any, **options: Any) -> tuple[Any, list[str]]:
+        """Refuse what is unknown before the known options are checked, so that the error names the typo."""
+        known, unknown = super().parse_known_args(*arguments, **options)
+        if unknown:
+            raise ValueError(f"unknown option: {' '.join(unknown)}; molf train takes SFTConfig's names and its own")
+        return known, unknown
+
 
 def run(argv: Sequence[str]) -> None:
     """Parse ``--config FILE.yaml --key value ...`` and train.
@@ -29,10 +36,15 @@ def run(argv: Sequence[str]) -> None:
         ValueError: For unknown or bad options.
     """
     parser = _Parser((MethodArguments, TrainArguments), prog="molf train", allow_abbrev=False)
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    if words and words[-1] == "--config":
+        raise ValueError("--config: name a YAML file")
     try:
-        method, args = parser.parse_args_and_config(list(argv))
+        method, args = parser.parse_args_and_config(words)
     except yaml.YAMLError as error:
         raise ValueError(f"the configuration file is not YAML: {error}") from error
+    except TypeError as error:  # YAML gives an option a list or a key that is no name
+        raise ValueError(f"an option has a value of the wrong type: {error}") from error
     logging.getLogger("transformers").setLevel(logging.ERROR)
     metrics = train(method, args)
     print(json.dumps(metrics, indent=2))

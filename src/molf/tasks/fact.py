@@ -69,8 +69,10 @@ def parse_edit(record: dict[str, Any]) -> FactEdit:
             )
     except (KeyError, TypeError) as error:
         raise ValueError(f"no CounterFact record, {error} is missing or of another type") from error
-    for name in ("prompt", "target_new", "target_true"):
-        value = getattr(edit, name)
+    texts = [(name, getattr(edit, name)) for name in ("prompt", "target_new", "target_true")]
+    texts += [("a paraphrase prompt", text) for text in edit.paraphrases]
+    texts += [("a neighbourhood prompt or object", text) for pair in edit.neighbours for text in pair]
+    for name, value in texts:
         if not isinstance(value, str) or not value.strip():
             raise ValueError(f"no CounterFact record, {name} is {value!r}")
     return edit

@@ -25,6 +25,19 @@ def read_records(source: str | Path) -> list[Any]:
     return records
 
 
+def read_text(path: Path) -> str:
+    """A file's text, UTF-8 with or without a byte order mark. JSON lines end at a newline and nowhere else.
+
+    Raises:
+        ValueError: If it is not UTF-8; names the file.
+        OSError: If it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+
+
 def text_field(record: Any, name: str) -> str:
     """A record's field that must be a string with something in it.
 
@@ -45,12 +58,12 @@ def _is_dataset(source: str) -> bool:
 
 
 def _read_json(path: Path) -> list[Any]:
+    text = read_text(path)
     try:
-        text = path.read_text(encoding="utf-8")
         if text.lstrip().startswith("["):
             return list(json.loads(text))
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
+    except json.JSONDecodeError as error:
         raise ValueError(f"{path} is neither a JSON list nor JSON lines: {error}") from error
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -13,6 +13,9 @@ from ..tasks import TASKS
 from ..tasks.prompts import LONG_PROMPTS
 
 METHODS = ("fft", "lora", "molf", "molf-e")
+_LORA = ("expert_ranks", "lora_alpha", "use_rslora", "lora_lr", "lora_weight_decay", "lora_dropout")
+_ROUTING = ("top_k", "score_fn", "train_other")
+_UNUSED = {"fft": (*_LORA, *_ROUTING, "target_modules", "exclude_modules"), "lora": _ROUTING}
 _DEFAULT_RANKS = {"fft": (), "lora": (16,), "molf": (128,), "molf-e": (32, 128)}
 
 
@@ -83,10 +86,33 @@ class MethodArguments:
             raise ValueError(f"dtype={self.dtype!r}: choose float32, bfloat16 or auto")
         if self.max_examples is not None and self.max_examples < 1:
             raise ValueError(f"max_examples={self.max_examples}: must be at least 1")
-        if self.method == "fft" and self.expert_ranks:
-            raise ValueError(f"expert_ranks={self.expert_ranks}: fft has no LoRA expert; leave it out or use molf")
+        self._refuse_unused()
         if self.method == "lora" and len(self.expert_ranks) > 1:
             raise ValueError(f"expert_ranks={self.expert_ranks}: lora has one rank; use molf-e for several")
+
+    def _refuse_unused(self) -> None:
+        """An option that the method would ignore is an error, not a surprise."""
+        for option in fields(self):
+            default = option.default_factory() if option.default_factory is not MISSING else option.default
+            value = getattr(self, option.name)
+            if option.name in _UNUSED.get(self.method, ()) and value != default:
+                raise ValueError(f"{option.name}={value}: {self.method} does not use it; leave it out or choose molf")
+
+    def check_training(self, args: SFTConfig) -> None:
+        """What the method and the training arguments must agree on.
+
+        Raises:
+            ValueError: Naming the argument, its value and the remedy.
+        """
+        if self.method in ("molf", "molf-e") and args.optim != TrainArguments.optim:
+            raise ValueError(f"optim={args.optim}: {self.method} is the optimizer; leave the option out")
+        if self.method == "lora" and args.weight_decay != TrainArguments.weight_decay:
+            raise ValueError(f"weight_decay={args.weight_decay}: lora takes lora_weight_decay")
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+            if getattr(args, name) < 1:
+                raise ValueError(f"{name}={getattr(args, name)}: must be at least 1")
+        if args.num_train_epochs <= 0 and args.max_steps <= 0:
+            raise ValueError(f"num_train_epochs={args.num_train_epochs}: must be positive")
 
     def molf_config(self, args: SFTConfig) -> MoLFConfig:
         """The experts of the method, with the learning rate, decay, betas and clipping of ``args``."""

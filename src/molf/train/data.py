@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..tasks import Task
 from ..tasks.prompts import Context, tokenize_pair
+from ..tasks.records import read_text
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -22,7 +23,7 @@ def load_pairs(path: str | Path, limit: int | None = None) -> list[dict[str, str
         OSError: If the file cannot be read.
     """
     pairs: list[dict[str, str]] = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(Path(path)).split("\n"), 1):
         if not line.strip():
             continue
         if limit is not None and len(pairs) == limit:

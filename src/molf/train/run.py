@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTTrainer
 
 from ..optim import MoLFConfig, MoLFOptimizerFactory, molf_lora_config, read_routing
@@ -31,6 +31,7 @@ from .arguments import MethodArguments, TrainArguments
 from .callbacks import PlanCallback, RoutingCallback
 from .data import fit_examples, load_data
 from .files import write_json
+from .resume import find_checkpoint
 
 _PACKAGES = ("molf", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
 
@@ -43,49 +44,56 @@ def train(method: MethodArguments, args: TrainArguments) -> dict[str, Any]:
         args: Everything else, in TRL's names.
 
     Raises:
-        ValueError: If an argument, the data or a checkpoint does not fit; nothing is written then.
+        ValueError: If an argument, the data, the model or a checkpoint does not fit; no result is written then.
         OSError: If the model or the data cannot be read.
         NonFiniteGradientError: If a gradient is NaN or infinite; the last checkpoint is good.
     """
+    method.check_training(args)
     config = method.molf_config(args)
-    checkpoint = _checkpoint(args)
+    routes = method.method in ("molf", "molf-e")
+    if routes:
+        args.max_grad_norm = 0.0  # the optimizer clips, because only it knows the virtual gradients
+    elif method.method == "lora":
+        args.learning_rate, args.weight_decay = config.lora_lr, config.lora_weight_decay
+    resolved = {"method": asdict(method), "molf": asdict(config), "training": args.to_dict(), "versions": versions()}
+    checkpoint = find_checkpoint(args.resume_from_checkpoint, str(args.output_dir), resolved)
     task = get_task(method.task) if method.task is not None else None
     dataset, scored = load_data(task, method.dataset_path, method.max_examples, method.eval_dataset_path)
     memory = _PeakMemory()
     set_seed(args.seed)
     model, tokenizer = _load(method, args)
     dataset, cut = _fit(task, dataset, scored, model, tokenizer, method, args.max_length)
-    routes = method.method in ("molf", "molf-e")
     if method.method in ("lora", "molf-e"):  # PEFT keeps the adapter in fp32 over a 16-bit base
         model = get_peft_model(model, _adapter_config(method, config))
-    out = Path(args.output_dir)
-    resolved = {"method": asdict(method), "molf": asdict(config), "training": args.to_dict(), "versions": versions()}
-    if routes:
-        args.max_grad_norm = 0.0  # the optimizer clips, because only it knows the virtual gradients
-    elif method.method == "lora":
-        args.learning_rate, args.weight_decay = config.lora_lr, config.lora_weight_decay
+    out = Path(str(args.output_dir))
     routing = RoutingCallback(out / "routing.jsonl")
-    trainer = SFTTrainer(
-        model=model,
-        args=args,
-        train_dataset=dataset,
-        processing_class=tokenizer,
-        optimizer_cls_and_kwargs=(MoLFOptimizerFactory, {"config": config}) if routes else None,
-        callbacks=[PlanCallback(out / "run.json", resolved), *([routing] if routes else [])],
-    )
+    try:
+        trainer = SFTTrainer(
+            model=model,
+            args=args,
+            train_dataset=dataset,
+            processing_class=tokenizer,
+            optimizer_cls_and_kwargs=(MoLFOptimizerFactory, {"config": config}) if routes else None,
+            callbacks=[PlanCallback(out / "run.json", resolved), *([routing] if routes else [])],
+        )
+    except (RuntimeError, ImportError) as error:  # such as a logger of report_to that is not installed
+        raise ValueError(f"the trainer cannot be made: {error}") from error
     start = time.perf_counter()
     try:
         result = trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         routing.close()
+    history = trainer.state.log_history
     metrics: dict[str, Any] = {
         "method": method.method,
-        "train_loss": result.training_loss,
+        "train_loss": result.training_loss if checkpoint is None else _mean_loss(history, result.training_loss),
         "steps": trainer.state.global_step,
         "seconds": time.perf_counter() - start,
         "peak_memory_mib": memory.mib(),
         **cut,
     }
+    if checkpoint is not None:
+        metrics["resumed_from"] = checkpoint  # seconds and memory are of the time since then
     trainer.save_model()
     if routes:
         records = read_routing(out / "routing.jsonl")[1]
@@ -96,14 +104,30 @@ def train(method: MethodArguments, args: TrainArguments) -> dict[str, Any]:
     return metrics
 
 
+def _mean_loss(history: Sequence[dict[str, Any]], fallback: float) -> float:
+    """Mean training loss over all steps of a resumed run, from what was logged before and after."""
+    logged = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+    before = [0, *(step for step, _ in logged)]
+    steps = [step - earlier for (step, _), earlier in zip(logged, before, strict=False)]
+    total = sum(steps)
+    return sum(loss * n for (_, loss), n in zip(logged, steps, strict=True)) / total if total else fallback
+
+
 def _load(method: MethodArguments, args: TrainArguments) -> tuple[Any, Any]:
     """Model and tokenizer; a tokenizer without end token cannot teach when to stop."""
     name = method.model_name_or_path
     common = {"revision": method.model_revision, "trust_remote_code": args.trust_remote_code}
     tokenizer = AutoTokenizer.from_pretrained(name, **common)
+    if args.eos_token is not None:
+        if args.eos_token not in tokenizer.get_vocab():
+            raise ValueError(f"eos_token={args.eos_token!r} is not in the vocabulary of {name}: choose a token that is")
+        tokenizer.eos_token = args.eos_token
     if tokenizer.eos_token is None:
         raise ValueError(f"the tokenizer of {name} has no EOS token: set one with --eos_token")
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=method.dtype, use_safetensors=True, **common)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=method.dtype, use_safetensors=True, **common)
+    except SafetensorError as error:
+        raise ValueError(f"the weights of {name} are damaged: {error}") from error
     return model, tokenizer
 
 
@@ -116,18 +140,19 @@ def _fit(
     method: MethodArguments,
     max_length: int | None,
 ) -> tuple[Any, dict[str, int]]:
-    """A task's training set within the model's context, and as a metric how many of its prompts were cut, if any.
+    """The training set within the model's context, and as a metric how many of its prompts were cut, if any.
 
     Where long prompts are refused, those to be scored are refused now, before anything is trained.
     """
-    if task is None:
-        return dataset, {}
     context = Context.of(model, tokenizer, method.long_prompts)
-    if method.long_prompts == "refuse" and method.eval_at_end and method.eval_dataset_path:
+    if task is not None and method.long_prompts == "refuse" and method.eval_at_end and method.eval_dataset_path:
         fit_examples([task.example(record) for record in scored], tokenizer, context, method.eval_dataset_path)
     context.length = min((n for n in (context.length, max_length) if n is not None), default=None)
-    dataset = fit_examples(dataset, tokenizer, context, method.dataset_path or task.name)
-    return dataset, {"truncated_examples": context.truncated} if context.truncated else {}
+    dataset = fit_examples(dataset, tokenizer, context, method.dataset_path or str(method.task))
+    if not context.truncated:
+        return dataset, {}
+    print(f"{context.truncated} of {len(dataset)} prompts are longer than {context.length} tokens: cut from the left")
+    return dataset, {"truncated_examples": context.truncated}
 
 
 def _adapter_config(method: MethodArguments, config: MoLFConfig) -> LoraConfig:
@@ -144,22 +169,6 @@ def _adapter_config(method: MethodArguments, config: MoLFConfig) -> LoraConfig:
         exclude_modules=config.exclude_modules,
         task_type="CAUSAL_LM",
     )
-
-
-def _checkpoint(args: TrainArguments) -> str | None:
-    """The checkpoint folder to resume from; "true" or "last" is the newest of the output directory."""
-    wanted = args.resume_from_checkpoint
-    if wanted is None or str(wanted).lower() in ("", "false"):
-        return None
-    if str(wanted).lower() in ("true", "last"):
-        out = args.output_dir
-        found = get_last_checkpoint(out) if os.path.isdir(out) else None
-        if found is None:
-            raise ValueError(f"resume_from_checkpoint={wanted}: {out} has no checkpoint; leave the option out to start")
-        return str(found)
-    if not (Path(wanted) / "trainer_state.json").is_file():
-        raise ValueError(f"resume_from_checkpoint={wanted}: not a checkpoint folder (no trainer_state.json in it)")
-    return str(wanted)
 
 
 def versions() -> dict[str, str]:
