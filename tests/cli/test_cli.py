@@ -158,7 +158,7 @@ def test_options_that_do_nothing_or_nonsense_are_refused(tmp_path, config, capsy
     assert "the trainer cannot be made" in fails(capsys, *train, "--report_to", "wandb")
     for text, message in (
         ("1: 2", "wrong type"),
-        ("learning_rate: [1]", "wrong type"),
+        ("learning_rate: [1]", "lr=[1]"),
         ("lora_lr: true", "lora_lr=True"),
     ):
         (tmp_path / "bad.yaml").write_text(config.read_text() + text + "\n")
@@ -200,7 +200,7 @@ def test_a_used_folder_is_refused_and_a_resume_is_exact_or_refused(tmp_path, con
     whole = json.loads((out / "metrics.json").read_text())
     assert "holds run.json of an earlier run" in fails(capsys, *command)
     resume = [*command, "--resume_from_checkpoint"]
-    assert "all 3 steps of the run are done" in fails(capsys, *resume, "last")
+    assert "the run is over, all 3 steps are done" in fails(capsys, *resume, "last")
     first = out / "checkpoint-1"
     assert "learning_rate was 0.001" in fails(capsys, *resume, first, "--learning_rate", "1")
     assert "score_fn was epd" in fails(capsys, *resume, first, "--score_fn", "pfn")

@@ -85,8 +85,8 @@ def _check_same(folder: Path, resolved: dict[str, Any]) -> None:
     if not record.is_file():
         return
     saved, now = json.loads(record.read_text()), json.loads(json.dumps(resolved, default=str))
-    pairs = [(key, saved["molf"].get(key), now["molf"][key]) for key in now["molf"]]
-    pairs += [(key, saved["training"].get(key), now["training"].get(key)) for key in _DECISIVE]
+    pairs = [(key, saved["training"].get(key), now["training"].get(key)) for key in _DECISIVE]
+    pairs += [(key, saved["molf"].get(key), now["molf"][key]) for key in now["molf"]]
     pairs += [
         (key, saved["method"].get(key), now["method"][key]) for key in ("method", "dtype", "task", "max_examples")
     ]
