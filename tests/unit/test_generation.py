@@ -55,18 +55,26 @@ def test_it_stops_at_eos_and_needs_no_pad_token(model, tokenizer) -> None:
     tokenizer.eos_token, tokenizer.pad_token, tokenizer.padding_side = ".", None, "right"
     facts = WORLD.facts[:6]
     model.train()
-    said = generate(model, tokenizer, [statement(fact, 0)[0] for fact in facts], max_new_tokens=16, batch_size=4)
+    passes: list[Any] = []
+    with model.register_forward_pre_hook(lambda *call: passes.append(call)):
+        said = generate(model, tokenizer, [statement(fact, 0)[0] for fact in facts], max_new_tokens=90)
+    assert len(passes) == max(len(tokenizer(f" {fact.object}.").input_ids) for fact in facts)
     assert said == [f" {fact.object}" for fact in facts]
     assert (tokenizer.pad_token, tokenizer.padding_side, model.training) == (None, "right", True)
     model.eval()
 
 
-def test_the_models_own_generation_settings_do_not_apply(model, tokenizer, monkeypatch) -> None:
+def test_the_models_own_generation_settings_do_not_apply(tokenizer) -> None:
+    """An untrained model repeats itself; a penalty, sampling or beams would change what it says."""
+    model = model_for(tokenizer)
     prompts = [statement(fact, 0)[0] for fact in WORLD.facts[:4]]
-    plain = generate(model, tokenizer, prompts, max_new_tokens=8)
-    for name, value in {"repetition_penalty": 9.0, "do_sample": True, "temperature": 5.0, "num_beams": 3}.items():
-        monkeypatch.setattr(model.generation_config, name, value)
-    assert generate(model, tokenizer, prompts, max_new_tokens=8) == plain
+    plain = generate(model, tokenizer, prompts, max_new_tokens=24)
+    for name, value in {"repetition_penalty": 9.0, "do_sample": True, "no_repeat_ngram_size": 1}.items():
+        setattr(model.generation_config, name, value)
+        ids = tokenizer(prompts[0], return_tensors="pt")
+        said = model.generate(**ids, max_new_tokens=24)[0, ids.input_ids.shape[1] :]
+        assert tokenizer.decode(said, skip_special_tokens=True) != plain[0]
+        assert generate(model, tokenizer, prompts, max_new_tokens=24) == plain
 
 
 @pytest.mark.parametrize("family", ["qwen2", "llama", "gemma"])
