@@ -10,7 +10,6 @@ Source: Meng, Bau, Andonian, Belinkov, "Locating and Editing Factual Association
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,9 @@ from pathlib import Path
 from statistics import fmean, harmonic_mean
 from typing import Any
 
+from .base import Task
+from .prompts import Context
+from .records import read_records
 from .scoring import Continuation, score_continuations
 
 
@@ -75,29 +77,18 @@ def parse_edit(record: dict[str, Any]) -> FactEdit:
 
 
 def load_edits(path: str | Path, limit: int | None = None) -> list[FactEdit]:
-    """Read a JSON list, or JSON lines, of CounterFact records.
+    """Read a JSON list, or JSON lines, of CounterFact records, or a dataset folder or hub id of them.
 
     Args:
-        path: The file.
+        path: The file, folder or hub id.
         limit: Read at most this many, from the start.
 
     Raises:
-        ValueError: If the file is empty or a record is malformed; names the file and the record.
-        OSError: If the file cannot be read.
+        ValueError: If the source is empty or a record is malformed; names the source and the record.
+        OSError: If the source cannot be read.
     """
-    path = Path(path)
-    text = path.read_text(encoding="utf-8")
-    try:
-        if text.lstrip().startswith("["):
-            records = json.loads(text)
-        else:
-            records = [json.loads(line) for line in text.splitlines() if line.strip()]
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is neither a JSON list nor JSON lines: {error}") from error
-    if not records:
-        raise ValueError(f"{path} has no record")
     edits = []
-    for index, record in enumerate(records[:limit]):
+    for index, record in enumerate(read_records(path)[:limit]):
         try:
             edits.append(parse_edit(record))
         except ValueError as error:
@@ -105,13 +96,30 @@ def load_edits(path: str | Path, limit: int | None = None) -> list[FactEdit]:
     return edits
 
 
+def load(path: str | None, limit: int | None) -> list[FactEdit]:
+    """``load_edits`` of a path that must be given.
+
+    Raises:
+        ValueError: If it is not given, or as in ``load_edits``.
+        OSError: If the source cannot be read.
+    """
+    if path is None:
+        raise ValueError("dataset_path is not given: name a CounterFact file, folder or hub id")
+    return load_edits(path, limit)
+
+
+def example(edit: FactEdit) -> dict[str, str]:
+    """Prompt and completion of an edit, as SFTTrainer takes them; the loss is on the completion only."""
+    return {"prompt": edit.prompt, "completion": f" {edit.target_new}"}
+
+
 def training_pairs(edits: Sequence[FactEdit]) -> list[dict[str, str]]:
-    """Prompt and completion of every edit, as SFTTrainer takes them; the loss is on the completion only."""
-    return [{"prompt": edit.prompt, "completion": f" {edit.target_new}"} for edit in edits]
+    """The ``example`` of every edit."""
+    return [example(edit) for edit in edits]
 
 
 def evaluate(
-    model: Any, tokenizer: Any, edits: Sequence[FactEdit], *, batch_size: int = 64, description: str = "evaluate"
+    model: Any, tokenizer: Any, records: Sequence[FactEdit], *, batch_size: int = 64, description: str = "evaluate"
 ) -> dict[str, float]:
     """CounterFact's scores, in percent except the magnitudes.
 
@@ -119,17 +127,21 @@ def evaluate(
     share of neighbours with p(true) > p(new); ties count half. ``score``: their harmonic mean, the primary
     metric. Probabilities are of the full target; ``*_first`` are of its first token. ``efficacy_magnitude``
     is the mean of p(new) - p(true). ``exact_match``: share of edits whose new object is what greedy decoding says.
-    A score without prompts is left out, and of the harmonic mean too.
+    A score without prompts is left out, and of the harmonic mean too. ``truncated_prompts``, only where there are any:
+    how many prompts were cut from the left to fit into the model's context.
     """
     groups: dict[str, list[tuple[str, str, str]]] = {"efficacy": [], "paraphrase": [], "neighbourhood": []}
-    for edit in edits:
+    for edit in records:
         groups["efficacy"].append((edit.prompt, edit.target_new, edit.target_true))
         groups["paraphrase"] += [(prompt, edit.target_new, edit.target_true) for prompt in edit.paraphrases]
         groups["neighbourhood"] += [(prompt, true, edit.target_new) for prompt, true in edit.neighbours]
     pairs = [
         (prompt, f" {target}") for questions in groups.values() for prompt, *targets in questions for target in targets
     ]
-    scored = iter(score_continuations(model, tokenizer, pairs, batch_size=batch_size, description=description))
+    context = Context.of(model, tokenizer)
+    scored = iter(
+        score_continuations(model, tokenizer, pairs, batch_size=batch_size, description=description, context=context)
+    )
     metrics: dict[str, float] = {}
     for name, questions in groups.items():
         results = [(next(scored), next(scored)) for _ in questions]
@@ -143,6 +155,8 @@ def evaluate(
             metrics["efficacy_magnitude"] = fmean(_probability(a) - _probability(b) for a, b in results)
             metrics["exact_match"] = 100 * fmean(wanted.greedy for wanted, _ in results)
     metrics["score"] = harmonic_mean([metrics[name] for name in groups if name in metrics])
+    if context.truncated:
+        metrics["truncated_prompts"] = context.truncated
     return metrics
 
 
@@ -152,3 +166,6 @@ def _prefers(wanted: float, other: float) -> float:
 
 def _probability(continuation: Continuation) -> float:
     return math.exp(continuation.logprob)
+
+
+TASK = Task("fact", "score", load, example, evaluate)

@@ -9,6 +9,10 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from .prompts import Context, tokenize_pair
+
+__all__ = ["Continuation", "score_continuations", "tokenize_pair"]
+
 
 class Continuation(NamedTuple):
     """What a model says of one continuation of one prompt.
@@ -24,25 +28,6 @@ class Continuation(NamedTuple):
     greedy: bool
 
 
-def tokenize_pair(tokenizer: Any, prompt: str, completion: str) -> tuple[list[int], list[int]]:
-    """Token ids of the prompt and of the completion, split as SFTTrainer splits prompt + completion.
-
-    Raises:
-        ValueError: If no token of the completion remains, or tokens merge across the boundary.
-    """
-    prompt_ids: list[int] = tokenizer(prompt).input_ids
-    whole: list[int] = tokenizer(prompt + completion).input_ids
-    eos = tokenizer.eos_token_id
-    if prompt_ids and prompt_ids[-1] == eos and not prompt.endswith(str(tokenizer.eos_token)):
-        prompt_ids, whole = prompt_ids[:-1], whole[:-1] if whole[-1] == eos else whole
-    if whole[: len(prompt_ids)] != prompt_ids or len(whole) == len(prompt_ids):
-        raise ValueError(
-            f"the tokens of prompt {prompt!r} are no prefix of those of prompt + completion {completion!r}: "
-            "end the prompt at a word and start the completion with a space"
-        )
-    return prompt_ids, whole[len(prompt_ids) :]
-
-
 @torch.no_grad()
 def score_continuations(
     model: Any,
@@ -51,6 +36,8 @@ def score_continuations(
     *,
     batch_size: int = 64,
     description: str = "evaluate",
+    long_prompts: str = "truncate",
+    context: Context | None = None,
 ) -> list[Continuation]:
     """Score every (prompt, continuation) pair under ``model``.
 
@@ -58,36 +45,48 @@ def score_continuations(
         model: A causal language model; it is left in the mode that it was in.
         tokenizer: Its tokenizer; special tokens are added as in training.
         pairs: Prompts and continuations; a continuation starts with its space.
-        batch_size: Pairs per forward pass.
+        batch_size: Pairs per forward pass; pairs that differ in their last token only count as one.
         description: Label of the progress bar.
+        long_prompts: What happens to a prompt that does not fit into the model's context with its continuation:
+            "truncate" from the left or "refuse".
+        context: Where truncated prompts are counted; it brings its own ``long_prompts``.
 
     Raises:
-        ValueError: If a prompt's tokens are no prefix of prompt + continuation's.
+        ValueError: If a prompt's tokens are no prefix of prompt + continuation's, or a prompt is refused.
     """
-    tokens = [tokenize_pair(tokenizer, prompt, completion) for prompt, completion in pairs]
-    order = sorted(range(len(tokens)), key=lambda i: -sum(map(len, tokens[i])))
+    context = context or Context.of(model, tokenizer, long_prompts)
+    tokens = []
+    for prompt, completion in pairs:
+        ids, wanted = tokenize_pair(tokenizer, prompt, completion)
+        tokens.append((context.fit(ids, len(wanted)), wanted))
+    sharing: dict[tuple[int, ...], list[int]] = {}  # the letters of one question differ in the last token only
+    for i, (ids, wanted) in enumerate(tokens):
+        sharing.setdefault(tuple(ids + wanted[:-1]), []).append(i)
+    order = sorted(sharing, key=len, reverse=True)
     results: list[Continuation | None] = [None] * len(tokens)
     training = model.training
     model.eval()
     device = next(model.parameters()).device
-    with tqdm(total=len(order), desc=description, unit="prompt", leave=False) as progress:
-        for start in range(0, len(order), batch_size):
-            chunk = order[start : start + batch_size]
-            rows = [tokens[i][0] + tokens[i][1] for i in chunk]
-            width = max(map(len, rows))
-            ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
-            mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
-            logits = model(input_ids=ids, attention_mask=mask).logits.float()
-            logprobs = F.log_softmax(logits, dim=-1)
-            best = logits.argmax(-1)
-            for row, i in enumerate(chunk):
-                prompt, completion = tokens[i]
-                places = torch.arange(len(prompt) - 1, len(prompt) + len(completion) - 1, device=device)
-                targets = torch.tensor(completion, device=device)
-                chosen = logprobs[row, places, targets]
-                results[i] = Continuation(
-                    float(chosen.sum()), float(chosen[0]), bool((best[row, places] == targets).all())
-                )
-            progress.update(len(chunk))
-    model.train(training)
+    try:
+        with tqdm(total=len(tokens), desc=description, unit="prompt", leave=False) as progress:
+            for start in range(0, len(order), batch_size):
+                rows = order[start : start + batch_size]
+                width = len(rows[0])
+                inputs = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
+                mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
+                logits = model(input_ids=inputs, attention_mask=mask).logits
+                for index, row in enumerate(rows):
+                    for i in sharing[row]:
+                        targets = torch.tensor(tokens[i][1], device=device)
+                        # only these places in fp32: all of them would be the batch times the vocabulary
+                        results[i] = _score(logits[index, len(row) - len(targets) : len(row)].float(), targets)
+                    progress.update(len(sharing[row]))
+    finally:
+        model.train(training)
     return [result for result in results if result is not None]
+
+
+def _score(logits: torch.Tensor, targets: torch.Tensor) -> Continuation:
+    """One continuation from the logits before each of its tokens, ``(tokens, vocabulary)``."""
+    chosen = F.log_softmax(logits, dim=-1).gather(-1, targets[:, None])
+    return Continuation(float(chosen.sum()), float(chosen[0]), bool((logits.argmax(-1) == targets).all()))

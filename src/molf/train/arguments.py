@@ -9,6 +9,8 @@ import torch
 from trl import SFTConfig
 
 from ..optim import MoLFConfig
+from ..tasks import TASKS
+from ..tasks.prompts import LONG_PROMPTS
 
 METHODS = ("fft", "lora", "molf", "molf-e")
 _DEFAULT_RANKS = {"fft": (), "lora": (16,), "molf": (128,), "molf-e": (32, 128)}
@@ -30,10 +32,14 @@ class MethodArguments:
     model_revision: str = _help("Revision of the model on the hub.", "main")
     dtype: str = _help("Precision to load the model in: float32, bfloat16 or auto (as stored).", "float32")
     method: str = _help(f"One of {', '.join(METHODS)}.", "molf")
-    task: str | None = _help("'fact' for a CounterFact file; without it the data are prompt/completion JSON lines.")
-    dataset_path: str | None = _help("The data: JSON lines with prompt and completion, or the task's file.")
-    max_examples: int | None = _help("Use at most this many records, from the start of the file.")
-    eval_at_end: bool = _help("Score the task on the edits after training and write metrics.json.", True)
+    task: str | None = _help(f"One of {', '.join(TASKS)}; without it the data are prompt/completion JSON lines.")
+    dataset_path: str | None = _help("The data: the task's file, folder or hub id[:split], or the JSON lines.")
+    eval_dataset_path: str | None = _help("Records to score after training; default is the trained ones.")
+    max_examples: int | None = _help("Train on at most this many records, from the start of the data.")
+    eval_at_end: bool = _help("Score the task after training and add it to metrics.json.", True)
+    long_prompts: str = _help(
+        "Prompts that exceed the model's context: truncate (from the left) or refuse.", "truncate"
+    )
     expert_ranks: list[int] = field(
         default_factory=list,
         metadata={"help": "Ranks of the LoRA experts: default 16 for lora, 128 for molf, 32 128 for molf-e."},
@@ -64,10 +70,15 @@ class MethodArguments:
             raise ValueError("model_name_or_path is not given: name a transformers folder or hub id")
         if self.method not in METHODS:
             raise ValueError(f"method={self.method!r}: choose one of {', '.join(METHODS)}")
-        if self.task not in (None, "fact"):
-            raise ValueError(f"task={self.task!r}: choose fact, or leave it out for prompt/completion JSON lines")
-        if not self.dataset_path:
-            raise ValueError("dataset_path is not given: name a file of training data")
+        if self.task is not None and self.task not in TASKS:
+            choices = ", ".join(TASKS)
+            raise ValueError(f"task={self.task!r}: choose one of {choices}, or none for prompt/completion JSON lines")
+        if self.task is None and not self.dataset_path:
+            raise ValueError("dataset_path is not given: name a file of training data, or a task with its own")
+        if self.task is None and self.eval_dataset_path:
+            raise ValueError(f"eval_dataset_path={self.eval_dataset_path}: only a task is scored; name one")
+        if self.long_prompts not in LONG_PROMPTS:
+            raise ValueError(f"long_prompts={self.long_prompts!r}: choose one of {', '.join(LONG_PROMPTS)}")
         if self.dtype not in ("float32", "bfloat16", "auto"):
             raise ValueError(f"dtype={self.dtype!r}: choose float32, bfloat16 or auto")
         if self.max_examples is not None and self.max_examples < 1:

@@ -12,6 +12,7 @@ import os
 import platform
 import resource
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,11 @@ from trl import SFTTrainer
 
 from ..optim import MoLFConfig, MoLFOptimizerFactory, molf_lora_config, read_routing
 from ..optim.routing import expert_share
-from ..tasks import fact
+from ..tasks import Task, get_task
+from ..tasks.prompts import Context
 from .arguments import MethodArguments, TrainArguments
 from .callbacks import PlanCallback, RoutingCallback
-from .data import load_data
+from .data import fit_examples, load_data
 from .files import write_json
 
 _PACKAGES = ("molf", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
@@ -47,13 +49,14 @@ def train(method: MethodArguments, args: TrainArguments) -> dict[str, Any]:
     """
     config = method.molf_config(args)
     checkpoint = _checkpoint(args)
-    dataset, edits = load_data(method.task, str(method.dataset_path), method.max_examples)
+    task = get_task(method.task) if method.task is not None else None
+    dataset, scored = load_data(task, method.dataset_path, method.max_examples, method.eval_dataset_path)
     memory = _PeakMemory()
     set_seed(args.seed)
     model, tokenizer = _load(method, args)
+    dataset, cut = _fit(task, dataset, scored, model, tokenizer, method, args.max_length)
     routes = method.method in ("molf", "molf-e")
-    if method.method in ("lora", "molf-e"):
-        # PEFT keeps the adapter in fp32 over a 16-bit base
+    if method.method in ("lora", "molf-e"):  # PEFT keeps the adapter in fp32 over a 16-bit base
         model = get_peft_model(model, _adapter_config(method, config))
     out = Path(args.output_dir)
     resolved = {"method": asdict(method), "molf": asdict(config), "training": args.to_dict(), "versions": versions()}
@@ -81,13 +84,14 @@ def train(method: MethodArguments, args: TrainArguments) -> dict[str, Any]:
         "steps": trainer.state.global_step,
         "seconds": time.perf_counter() - start,
         "peak_memory_mib": memory.mib(),
+        **cut,
     }
     trainer.save_model()
     if routes:
         records = read_routing(out / "routing.jsonl")[1]
         metrics["expert_share"] = {name: expert_share(records, i) for i, name in enumerate(config.experts)}
-    if edits and method.eval_at_end:
-        metrics |= fact.evaluate(trainer.model, tokenizer, edits, description=f"evaluate {method.method}")
+    if task is not None and method.eval_at_end:
+        metrics |= task.evaluate(trainer.model, tokenizer, scored, description=f"evaluate {method.method}")
     write_json(out / "metrics.json", metrics)
     return metrics
 
@@ -101,6 +105,29 @@ def _load(method: MethodArguments, args: TrainArguments) -> tuple[Any, Any]:
         raise ValueError(f"the tokenizer of {name} has no EOS token: set one with --eos_token")
     model = AutoModelForCausalLM.from_pretrained(name, dtype=method.dtype, use_safetensors=True, **common)
     return model, tokenizer
+
+
+def _fit(
+    task: Task | None,
+    dataset: Any,
+    scored: Sequence[Any],
+    model: Any,
+    tokenizer: Any,
+    method: MethodArguments,
+    max_length: int | None,
+) -> tuple[Any, dict[str, int]]:
+    """A task's training set within the model's context, and as a metric how many of its prompts were cut, if any.
+
+    Where long prompts are refused, those to be scored are refused now, before anything is trained.
+    """
+    if task is None:
+        return dataset, {}
+    context = Context.of(model, tokenizer, method.long_prompts)
+    if method.long_prompts == "refuse" and method.eval_at_end and method.eval_dataset_path:
+        fit_examples([task.example(record) for record in scored], tokenizer, context, method.eval_dataset_path)
+    context.length = min((n for n in (context.length, max_length) if n is not None), default=None)
+    dataset = fit_examples(dataset, tokenizer, context, method.dataset_path or task.name)
+    return dataset, {"truncated_examples": context.truncated} if context.truncated else {}
 
 
 def _adapter_config(method: MethodArguments, config: MoLFConfig) -> LoraConfig:

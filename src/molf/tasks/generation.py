@@ -1,0 +1,82 @@
+"""Greedy generation in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import GenerationConfig
+
+from .prompts import Context, prompt_tokens
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 64,
+    batch_size: int = 32,
+    description: str = "generate",
+    long_prompts: str = "truncate",
+    context: Context | None = None,
+) -> list[str]:
+    """What the model says after each prompt, by greedy decoding up to EOS.
+
+    Batches are padded on the left by hand, so the tokenizer needs no pad token and keeps its padding side, and a
+    prompt's answer does not depend on its neighbours (but for rounding). Settings of the model's own
+    ``generation_config`` that would change greedy decoding, such as a repetition penalty, do not apply.
+
+    Args:
+        model: A causal language model; it is left in the mode that it was in.
+        tokenizer: Its tokenizer; special tokens are added as in training.
+        prompts: The prompts.
+        max_new_tokens: Tokens to say at most.
+        batch_size: Prompts per batch; batches hold prompts of like length.
+        description: Label of the progress bar.
+        long_prompts: What happens to a prompt that leaves no room for ``max_new_tokens`` in the model's context:
+            "truncate" from the left or "refuse".
+        context: Where truncated prompts are counted; it brings its own ``long_prompts``.
+
+    Returns:
+        The completions without special tokens, in the order of ``prompts``. Tokenizers differ in whether the
+        space before the first word is part of it.
+
+    Raises:
+        ValueError: If the tokenizer has no EOS, ``max_new_tokens`` is not positive, or a prompt is refused.
+    """
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        raise ValueError("the tokenizer has no EOS token, so generation cannot stop: set tokenizer.eos_token")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens}: must be at least 1")
+    context = context or Context.of(model, tokenizer, long_prompts)
+    rows = [context.fit(prompt_tokens(tokenizer, prompt), max_new_tokens) for prompt in prompts]
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+    said = [""] * len(rows)
+    settings = GenerationConfig(
+        do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, eos_token_id=eos, use_cache=True,
+        pad_token_id=eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        repetition_penalty=1.0, no_repeat_ngram_size=0, temperature=1.0, top_k=50, top_p=1.0,
+    )  # fmt: skip
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    try:
+        with tqdm(total=len(order), desc=description, unit="prompt", leave=False) as progress:
+            for start in range(0, len(order), batch_size):
+                chunk = order[start : start + batch_size]
+                width = max(len(rows[i]) for i in chunk)
+                ids = torch.tensor([[eos] * (width - len(rows[i])) + rows[i] for i in chunk], device=device)
+                mask = torch.tensor([[0] * (width - len(rows[i])) + [1] * len(rows[i]) for i in chunk], device=device)
+                output = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+                for i, new in zip(chunk, output[:, width:].tolist(), strict=True):
+                    end = new.index(eos) if eos in new else len(new)
+                    said[i] = tokenizer.decode(new[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+                progress.update(len(chunk))
+    finally:
+        model.train(training)
+    return said
