@@ -218,6 +218,24 @@ def test_hostile_edit(attack, query):
     assert result.error
 
 
+@pytest.mark.parametrize(
+    ("query", "error"),
+    [
+        ("endless-cte", f"ran longer than {TIMEOUT_S} s"),  # the worker's own clock; else ", ended by force"
+        ("replace-slow", f"ran longer than {TIMEOUT_S} s, ended by force"),
+        ("load-extension", "OperationalError: not authorized to use function: load_extension"),
+        ("attach-memory", "DatabaseError: not authorized"),
+        ("zeroblob", "DataError: string or blob too big"),
+        ("megabyte-literal", "a query of more than 100000 characters"),
+    ],
+)
+def test_the_outer_wall_is_the_one_that_holds(attack, query, error):
+    """Where two walls stop the same attack, the inner one must not hide a hole in the outer."""
+    if query == "zeroblob" and sys.version_info < (3, 11):
+        pytest.skip("Python 3.10 cannot set SQLite's limits")
+    assert attack(SHOP, QUERIES[query]).error == error
+
+
 def test_the_process_itself_cannot_open_a_file(tmp_path):
     """The kernel's wall alone, as if the authorizer had a hole."""
     code = (
