@@ -47,7 +47,7 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="where models and logs go")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="methods to run")
     parser.add_argument("--edits", type=int, default=300, help="number of counterfactual edits")
-    parser.add_argument("--epochs", type=int, default=10, help="passes over the edits")
+    parser.add_argument("--epochs", type=int, default=20, help="passes over the edits")
     parser.add_argument("--seed", type=int, default=0, help="seed of the edits and of training")
     options = parser.parse_args(argv)
     if options.epochs < 1:
