@@ -119,6 +119,19 @@ def test_scoring_equals_one_by_one_and_generation() -> None:
     assert not model.training
 
 
+def test_targets_that_begin_alike_tie_by_their_first_token() -> None:
+    """Rows of different lengths round differently: without care the noise decides who is preferred."""
+    model = AutoModelForCausalLM.from_pretrained(BUNDLED_MODEL, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED_MODEL)
+    people = [f"{first} Alder" for first in ("Ada", "Leo", "Mira", "Nils", "Olga", "Rosa", "Simon", "Tilda")]
+    pairs = [(f"{person} has an umbrella and", f" {end}") for person in people for end in ("qx", "qxj vzwk qqq", "qxz")]
+    heads = {tokenize_pair(tokenizer, *pair)[1][0] for pair in pairs}
+    assert len(heads) == 1
+    scored = score_continuations(model, tokenizer, pairs, batch_size=5)
+    for start in range(0, len(pairs), 3):
+        assert len({result.first_logprob for result in scored[start : start + 3]}) == 1
+
+
 def test_pairs_split_as_sft_trainer_splits_them() -> None:
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED_MODEL)
     prompt, completion = tokenize_pair(tokenizer, "Ada Alder plays the", " drum")

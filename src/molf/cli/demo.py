@@ -21,10 +21,10 @@ from ..assets import BUNDLED_MODEL
 from ..world import counterfactual_edits, make_world
 
 METHODS: dict[str, list[str]] = {
-    "fft": ["--learning_rate", "5e-4"],
-    "lora": ["--learning_rate", "2e-3", "--expert_ranks", "16"],
-    "molf": ["--learning_rate", "5e-4", "--lora_lr", "1e-3", "--expert_ranks", "16"],
-    "molf-e": ["--learning_rate", "2e-3", "--expert_ranks", "4", "16"],
+    "fft": ["--learning_rate", "1e-3"],
+    "lora": ["--learning_rate", "3e-3", "--expert_ranks", "16"],
+    "molf": ["--learning_rate", "1e-3", "--expert_ranks", "16"],
+    "molf-e": ["--learning_rate", "3e-3", "--expert_ranks", "4", "16"],
 }
 """What differs between the methods; they share the edits, epochs, batch, schedule and seed."""
 

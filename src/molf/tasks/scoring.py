@@ -63,6 +63,7 @@ def score_continuations(
     for i, (ids, wanted) in enumerate(tokens):
         sharing.setdefault(tuple(ids + wanted[:-1]), []).append(i)
     order = sorted(sharing, key=len, reverse=True)
+    firsts: dict[tuple[tuple[int, ...], int], float] = {}
     results: list[Continuation | None] = [None] * len(tokens)
     training = model.training
     model.eval()
@@ -79,7 +80,10 @@ def score_continuations(
                     for i in sharing[row]:
                         targets = torch.tensor(tokens[i][1], device=device)
                         # only these places in fp32: all of them would be the batch times the vocabulary
-                        results[i] = _score(logits[index, len(row) - len(targets) : len(row)].float(), targets)
+                        found = _score(logits[index, len(row) - len(targets) : len(row)].float(), targets)
+                        # continuations that begin alike tie exactly: rows of other lengths round otherwise
+                        first = firsts.setdefault((tuple(tokens[i][0]), tokens[i][1][0]), found.first_logprob)
+                        results[i] = found._replace(first_logprob=first)
                     progress.update(len(sharing[row]))
     finally:
         model.train(training)

@@ -140,7 +140,7 @@ def _fit(
     method: MethodArguments,
     max_length: int | None,
 ) -> tuple[Any, dict[str, int]]:
-    """The training set within the model's context, and as a metric how many of its prompts were cut, if any.
+    """The training set within context and ``max_length``, and as a metric how many prompts were cut, if any.
 
     Where long prompts are refused, those to be scored are refused now, before anything is trained.
     """
