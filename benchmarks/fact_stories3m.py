@@ -54,6 +54,7 @@ def main() -> None:
                 environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
                 subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
                 metrics = json.loads((Path(folder) / "metrics.json").read_text())
+                metrics = {key: value for key, value in metrics.items() if not key.endswith("_first")}  # not shown
                 versions = json.loads((Path(folder) / "run.json").read_text())["versions"]
             run = {"method": method, "seed": seed, "arguments": arguments, "metrics": metrics, "versions": versions}
             results["runs"].append(run)

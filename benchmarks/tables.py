@@ -56,13 +56,15 @@ def spread(values: list[float]) -> str:
 
 def demo() -> str:
     """The demo's table as it was printed here."""
-    results = json.loads((RESULTS / "demo.json").read_text())
-    return f"```text\n{table(results)}\n```"
+    data = json.loads((RESULTS / "readme_commands.json").read_text())
+    versions = data["versions"]
+    note = f"Seed 0, {versions['device']} of a shared machine, torch {versions['torch']}; {data['demo_seconds']:.0f} s."
+    return f"```text\n{table(data['demo'])}\n```\n\n{note}"
 
 
 def train() -> str:
     """What the README's ``molf train`` printed here."""
-    return f"```text\n{(RESULTS / 'train.txt').read_text().strip()}\n```"
+    return f"```text\n{json.loads((RESULTS / 'readme_commands.json').read_text())['train']}\n```"
 
 
 def main() -> int:

@@ -78,9 +78,8 @@ def describe(model: Any, optimizer: Any, learning_rate: float) -> str:
             scale = f", scale {scales[expert]:.4g}" if expert in scales else ""
             lines.append(f"  {expert}: {size:,} parameters, lr {rate:g}, weight decay {group['weight_decay']:g}{scale}")
         virtual = sum(m.sizes[i] for m in optimizer.modules for i in range(first, len(m.sizes)) if m.lora_A is None)
-        trained += virtual
-        extra = f" + {virtual:,} in virtual experts" if virtual else ""
+        extra = f", and {virtual:,} in virtual experts" if virtual else ""
         lines.append(f"trainable parameters: {trained:,} of {total:,} in the model{extra}")
     else:
-        lines.append(f"trainable parameters: {trained:,} of {total:,}, lr {learning_rate:g}")
+        lines.append(f"trainable parameters: {trained:,} of {total:,} in the model, lr {learning_rate:g}")
     return "\n".join(lines)
