@@ -27,6 +27,7 @@ class Task:
         load: Records from a file, folder or hub id (None: the task's own source), at most ``limit`` of them.
         example: A record's prompt and completion, {"prompt": ..., "completion": ...}; the loss is on the completion.
         evaluate: The evaluator; it builds its prompts with ``example``, so that they are the trained ones.
+        edits: Whether the task is to learn its records, so that it is scored on records that it was trained on.
     """
 
     name: str
@@ -34,3 +35,4 @@ class Task:
     load: Callable[[str | None, int | None], list[Any]]
     example: Callable[[Any], dict[str, str]]
     evaluate: Evaluate
+    edits: bool = False

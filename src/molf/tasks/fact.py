@@ -170,4 +170,4 @@ def _probability(continuation: Continuation) -> float:
     return math.exp(continuation.logprob)
 
 
-TASK = Task("fact", "score", load, example, evaluate)
+TASK = Task("fact", "score", load, example, evaluate, edits=True)

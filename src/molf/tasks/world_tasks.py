@@ -67,6 +67,6 @@ def sql_evaluate(
     return get_task("sql").evaluate(model, tokenizer, records, batch_size=batch_size, description=description)
 
 
-FACT = Task("world-fact", "score", load_facts, fact.example, fact.evaluate)
+FACT = Task("world-fact", "score", load_facts, fact.example, fact.evaluate, edits=True)
 MCQ = Task("world-mcq", "accuracy", load_questions, med.example, med.evaluate)
 SQL = Task("world-sql", "execution_accuracy", load_sql, sql_example, sql_evaluate)

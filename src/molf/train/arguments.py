@@ -39,6 +39,9 @@ class MethodArguments:
     dataset_path: str | None = _help("The data: the task's file, folder or hub id[:split], or the JSON lines.")
     eval_dataset_path: str | None = _help("Records to score after training; default is the trained ones.")
     max_examples: int | None = _help("Train on at most this many records, from the start of the data.")
+    validation_size: float = _help("Split the records: size of the validation part, or its share below 1.", 0.0)
+    test_size: float = _help("Size or share of the test part; both parts are scored after training.", 0.0)
+    split_seed: int = _help("Seed of the split, apart from the seed of training.", 0)
     eval_at_end: bool = _help("Score the task after training and add it to metrics.json.", True)
     long_prompts: str = _help(
         "Prompts that exceed the model's context: truncate (from the left) or refuse.", "truncate"
@@ -80,6 +83,12 @@ class MethodArguments:
             raise ValueError("dataset_path is not given: name a file of training data, or a task with its own")
         if self.task is None and self.eval_dataset_path:
             raise ValueError(f"eval_dataset_path={self.eval_dataset_path}: only a task is scored; name one")
+        for name in ("validation_size", "test_size"):
+            if getattr(self, name) < 0 or (getattr(self, name) > 0 and (self.task is None or self.eval_dataset_path)):
+                raise ValueError(
+                    f"{name}={getattr(self, name):g}: must be positive, and splits a task's records, so it needs a task "
+                    "and no eval_dataset_path"
+                )
         if self.long_prompts not in LONG_PROMPTS:
             raise ValueError(f"long_prompts={self.long_prompts!r}: choose one of {', '.join(LONG_PROMPTS)}")
         if self.dtype not in ("float32", "bfloat16", "auto"):

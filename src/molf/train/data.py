@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,8 @@ from ..tasks.records import read_text
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from .arguments import MethodArguments
 
 
 def load_pairs(path: str | Path, limit: int | None = None) -> list[dict[str, str]]:
@@ -41,10 +44,11 @@ def load_pairs(path: str | Path, limit: int | None = None) -> list[dict[str, str
     return pairs
 
 
-def load_data(
-    task: Task | None, path: str | None, limit: int | None, eval_path: str | None = None
-) -> tuple[Dataset, Sequence[Any]]:
-    """The training set, and the records to score afterwards: those of ``eval_path``, else the trained ones.
+def load_data(task: Task | None, method: MethodArguments) -> tuple[Dataset, dict[str, Sequence[Any]]]:
+    """The training set, and what is scored afterwards, by name.
+
+    With ``validation_size`` or ``test_size`` that is "validation" and "test", see ``split``. Else it is "", the records
+    of ``eval_dataset_path`` or the trained ones; empty without a task.
 
     Raises:
         ValueError: If the data are empty or malformed; names the source and the record.
@@ -53,10 +57,48 @@ def load_data(
     from datasets import Dataset
 
     if task is None:
-        return Dataset.from_list(load_pairs(str(path), limit)), ()
-    records = task.load(path, limit)
-    scored = records if eval_path is None else task.load(eval_path, None)
+        return Dataset.from_list(load_pairs(str(method.dataset_path), method.max_examples)), {}
+    records = task.load(method.dataset_path, method.max_examples)
+    if method.validation_size or method.test_size:
+        records, scored = split(task, records, method.validation_size, method.test_size, method.split_seed)
+    else:
+        other = method.eval_dataset_path
+        scored = {"": records if other is None else task.load(other, None)}
     return Dataset.from_list([task.example(record) for record in records]), scored
+
+
+def split(
+    task: Task, records: Sequence[Any], validation: float, test: float, seed: int
+) -> tuple[list[Any], dict[str, Sequence[Any]]]:
+    """Training records, and disjoint validation and test records, shuffled by ``seed`` alone.
+
+    Where the task is to learn its records, all are trained on, and validation and test are disjoint parts of them;
+    else validation and test are held out.
+
+    Args:
+        task: What the records are of.
+        records: All of them.
+        validation: Size of the validation part: a number of records, or below 1 a share.
+        test: Size of the test part, likewise.
+        seed: Of the shuffle; nothing else decides the parts.
+
+    Raises:
+        ValueError: If a part is empty or nothing is left; names the sizes.
+    """
+    count = len(records)
+    sizes = [int(size * count) if size < 1 else int(size) for size in (validation, test)]
+    order = random.Random(f"molf.split/{seed}").sample(range(count), count)
+    if min(sizes) < 1 or sum(sizes) > count or (sum(sizes) == count and not task.edits):
+        raise ValueError(
+            f"validation_size={validation:g} and test_size={test:g} do not split {count} records of {task.name}: give "
+            "sizes that leave records in every part"
+        )
+    parts: dict[str, Sequence[Any]] = {
+        "validation": [records[i] for i in order[: sizes[0]]],
+        "test": [records[i] for i in order[sizes[0] : sum(sizes)]],
+    }
+    rest = range(count) if task.edits else sorted(order[sum(sizes) :])
+    return [records[i] for i in rest], parts
 
 
 def fit_examples(dataset: Any, tokenizer: Any, context: Context, name: str) -> Any:

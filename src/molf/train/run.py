@@ -58,7 +58,7 @@ def train(method: MethodArguments, args: TrainArguments) -> dict[str, Any]:
     resolved = {"method": asdict(method), "molf": asdict(config), "training": args.to_dict(), "versions": versions()}
     checkpoint = find_checkpoint(args.resume_from_checkpoint, str(args.output_dir), resolved)
     task = get_task(method.task) if method.task is not None else None
-    dataset, scored = load_data(task, method.dataset_path, method.max_examples, method.eval_dataset_path)
+    dataset, scored = load_data(task, method)
     memory = _PeakMemory()
     set_seed(args.seed)
     model, tokenizer = _load(method, args)
@@ -99,7 +99,9 @@ def train(method: MethodArguments, args: TrainArguments) -> dict[str, Any]:
         records = read_routing(out / "routing.jsonl")[1]
         metrics["expert_share"] = {name: expert_share(records, i) for i, name in enumerate(config.experts)}
     if task is not None and method.eval_at_end:
-        metrics |= task.evaluate(trainer.model, tokenizer, scored, description=f"evaluate {method.method}")
+        for part, of_part in scored.items():
+            found = task.evaluate(trainer.model, tokenizer, of_part, description=f"evaluate {part or method.method}")
+            metrics |= {part: found} if part else found
     write_json(out / "metrics.json", metrics)
     return metrics
 
@@ -134,7 +136,7 @@ def _load(method: MethodArguments, args: TrainArguments) -> tuple[Any, Any]:
 def _fit(
     task: Task | None,
     dataset: Any,
-    scored: Sequence[Any],
+    scored: dict[str, Sequence[Any]],
     model: Any,
     tokenizer: Any,
     method: MethodArguments,
@@ -145,8 +147,10 @@ def _fit(
     Where long prompts are refused, those to be scored are refused now, before anything is trained.
     """
     context = Context.of(model, tokenizer, method.long_prompts)
-    if task is not None and method.long_prompts == "refuse" and method.eval_at_end and method.eval_dataset_path:
-        fit_examples([task.example(record) for record in scored], tokenizer, context, method.eval_dataset_path)
+    for part, records in scored.items() if method.long_prompts == "refuse" and method.eval_at_end else ():
+        if task is not None:
+            name = part or method.eval_dataset_path or task.name
+            fit_examples([task.example(record) for record in records], tokenizer, context, name)
     context.length = min((n for n in (context.length, max_length) if n is not None), default=None)
     dataset = fit_examples(dataset, tokenizer, context, method.dataset_path or str(method.task))
     if not context.truncated:

@@ -1,0 +1,121 @@
+"""``molf compare``: which method, at which learning rate, for these data? A sweep, a table and a verdict."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from ..report.compare import RULE, Row, markdown, summarise, verdict
+from ..tasks import get_task
+from ..train.files import write_json
+from ..train.sweep import plan, read_results, run_sweep
+
+DESCRIPTION = """Methods x learning rates x seeds on one task and model, from a YAML file or from options.
+
+    molf compare --task world-fact --model_name_or_path DIR --methods fft lora molf --learning_rates 3e-4 1e-3
+
+Learning rates are chosen on a validation split and reported on a test split. Every other option is one of molf train,
+and goes to every run; in the YAML file a mapping ``per_method`` gives a method options of its own. A sweep that was
+interrupted goes on where it stopped, and several processes may share one folder.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def run(argv: Sequence[str]) -> None:
+    """Sweep what has no result yet, then write results.json, comparison.md and the verdict.
+
+    Raises:
+        ValueError: For bad options; nothing is run then.
+    """
+    options, common, per_method = _options(argv)
+    task = get_task(str(common.get("task")))
+    sizes = 0.5 if task.edits else 0.2
+    common.setdefault("validation_size", sizes)
+    common.setdefault("test_size", sizes)
+    common = {"save_strategy": "no", "disable_tqdm": True, **common}
+    runs = plan(options.methods, options.learning_rates, options.seeds, common, per_method)
+    task.load(common.get("dataset_path"), common.get("max_examples"))  # bad data stop the sweep before its first run
+    folder = Path(options.output_dir)
+    print(f"{len(runs)} runs: {', '.join(options.methods)} x {options.learning_rates} x seeds {options.seeds}")
+    run_sweep(runs, folder, workers=options.workers, threads=options.threads, keep_models=options.keep_models)
+    results = read_results(runs, folder)
+    rows = summarise(results, task.primary)
+    text = f"{markdown(rows, task.primary)}\n\n{verdict(rows, options.learning_rates)}\n"
+    write_json(folder / "results.json", {"primary": task.primary, "rule": RULE, "rows": _plain(rows), "runs": results})
+    (folder / "comparison.md").write_text(text)
+    for result in results:
+        if result["status"] != "done":
+            arguments = result["arguments"]
+            name = f"{arguments['method']} at {arguments['learning_rate']:g}, seed {arguments['seed']}"
+            print(f"{result['status']}: {name}: {result['error']}")
+    print(f"\n{text}\nresults: {folder}")
+
+
+def _options(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any], dict[str, dict[str, Any]]]:
+    """The sweep's own options, those of every run, and those of single methods."""
+    parser = _Parser(prog="molf compare", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, help="YAML file with any of these options")
+    parser.add_argument("--methods", nargs="+", default=["fft", "lora", "molf", "molf-e"], help="methods of molf train")
+    parser.add_argument("--learning_rates", nargs="+", type=float, default=[3e-4, 1e-3, 3e-3], help="the same for all")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of training")
+    parser.add_argument("--output_dir", default="runs/compare", help="folder of the sweep")
+    parser.add_argument("--workers", type=int, default=1, help="runs at a time")
+    parser.add_argument(
+        "--threads", type=int, default=os.cpu_count() or 1, help="CPU threads, divided among the workers"
+    )
+    parser.add_argument("--keep_models", action="store_true", help="keep the trained weights")
+    config = parser.parse_known_args(argv)[0].config
+    settings = _read(config) if config else {}
+    per_method = settings.pop("per_method", {})
+    if not isinstance(per_method, dict) or not all(isinstance(own, dict) for own in per_method.values()):
+        raise ValueError(f"per_method={per_method!r}: give a mapping from method to its options")
+    names = {action.dest for action in parser._actions}
+    parser.set_defaults(**{key: value for key, value in settings.items() if key in names})
+    options, rest = parser.parse_known_args(argv)
+    for name in ("methods", "learning_rates", "seeds"):
+        if not isinstance(getattr(options, name), list):
+            raise ValueError(f"{name}={getattr(options, name)!r}: give a list")
+    if options.workers < 1 or options.threads < 1:
+        raise ValueError(f"workers={options.workers}, threads={options.threads}: must be at least 1")
+    common = {key: value for key, value in settings.items() if key not in names} | _pairs(rest)
+    if "task" not in common:
+        raise ValueError("task is not given: a comparison needs a task that scores the runs")
+    return options, common, per_method
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
+        raise ValueError(f"{path} must hold a mapping of option names to values")
+    return settings
+
+
+def _pairs(words: Sequence[str]) -> dict[str, Any]:
+    """``--key value ...`` as a mapping; values as YAML reads them, several as a list, none as true."""
+    pairs: dict[str, list[Any]] = {}
+    key = None
+    for word in words:
+        if word.startswith("--"):
+            key, _, value = word[2:].partition("=")
+            pairs[key] = [yaml.safe_load(value)] if value else []
+        elif key is None:
+            raise ValueError(f"unknown option: {word}")
+        else:
+            pairs[key].append(yaml.safe_load(word))
+    return {key: values[0] if len(values) == 1 else values or True for key, values in pairs.items()}
+
+
+def _plain(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    return [vars(row) for row in rows]

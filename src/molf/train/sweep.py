@@ -1,0 +1,166 @@
+"""A sweep: methods x learning rates x seeds, each run one ``molf train``, each result one JSON file.
+
+A result is named by a hash of its resolved configuration, so a sweep that was interrupted goes on where it stopped,
+a finished run is never run again, and several processes may share one folder: a run is claimed by a file lock, which
+the system releases even when its holder is killed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tqdm import tqdm
+
+from .files import write_json
+
+WEIGHTS = ("*.safetensors", "tokenizer*", "training_args.bin")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a sweep.
+
+    Attributes:
+        method: Of ``molf train``.
+        learning_rate: Peak learning rate of every expert.
+        seed: Of training; the splits do not depend on it.
+        options: Every other option of ``molf train``.
+    """
+
+    method: str
+    learning_rate: float
+    seed: int
+    options: tuple[tuple[str, Any], ...]
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The options of ``molf train`` for this run."""
+        own = {"method": self.method, "learning_rate": self.learning_rate, "seed": self.seed}
+        return {**dict(self.options), **own}
+
+    @property
+    def key(self) -> str:
+        """Sixteen hex digits of the hash of the resolved configuration and of the data that it names."""
+        text = json.dumps([self.arguments, _fingerprint(dict(self.options).get("dataset_path"))], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _fingerprint(path: Any) -> list[Any] | None:
+    """Size and hash of a data file, so that changed data are other runs."""
+    if path is None or not Path(path).is_file():
+        return None
+    return [Path(path).stat().st_size, hashlib.sha256(Path(path).read_bytes()).hexdigest()]
+
+
+def plan(
+    methods: Sequence[str],
+    learning_rates: Sequence[float],
+    seeds: Sequence[int],
+    common: dict[str, Any],
+    per_method: dict[str, dict[str, Any]],
+) -> list[Run]:
+    """Every run, seeds outermost, so that an unfinished sweep has whole seeds to compare.
+
+    Raises:
+        ValueError: If a list is empty, has an entry twice, or ``per_method`` names no method of the sweep.
+    """
+    for name, values in (("methods", methods), ("learning_rates", learning_rates), ("seeds", seeds)):
+        if not values:
+            raise ValueError(f"{name} is empty: give at least one")
+        if len(set(values)) != len(values):
+            raise ValueError(f"{name}={list(values)} has an entry twice: list each once")
+    unknown = sorted(per_method.keys() - set(methods))
+    if unknown:
+        raise ValueError(f"options are given for {', '.join(unknown)}, which is not in methods={list(methods)}")
+    return [
+        Run(method, float(rate), seed, tuple(sorted({**common, **per_method.get(method, {})}.items())))
+        for seed in seeds
+        for method in methods
+        for rate in learning_rates
+    ]
+
+
+def run_sweep(runs: Sequence[Run], folder: Path, *, workers: int, threads: int, keep_models: bool = False) -> None:
+    """Run what has no result yet; a run that fails is recorded as such and does not stop the rest.
+
+    Args:
+        runs: The sweep.
+        folder: Holds ``results/KEY.json`` and, for each run, ``runs/KEY/`` with its log and routing.
+        workers: Runs at a time.
+        threads: CPU threads in all, divided among the workers.
+        keep_models: Keep the trained weights; otherwise they are deleted once scored.
+    """
+    (folder / "results").mkdir(parents=True, exist_ok=True)
+    with tqdm(total=len(runs), desc="sweep", unit="run", smoothing=0) as progress:
+
+        def work(run: Run) -> None:
+            while not _result(folder, run).exists():
+                with _claim(folder, run) as mine:
+                    if mine and not _result(folder, run).exists():
+                        _execute(run, folder, max(1, threads // workers), keep_models)
+                if not mine:
+                    time.sleep(1)  # another process has it
+            progress.update()
+
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(work, runs))
+
+
+def read_results(runs: Sequence[Run], folder: Path) -> list[dict[str, Any]]:
+    """The results of the runs that have one, in their order."""
+    return [json.loads(_result(folder, run).read_text()) for run in runs if _result(folder, run).exists()]
+
+
+def _result(folder: Path, run: Run) -> Path:
+    return folder / "results" / f"{run.key}.json"
+
+
+@contextmanager
+def _claim(folder: Path, run: Run) -> Iterator[bool]:
+    with (folder / "results" / f"{run.key}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def _execute(run: Run, folder: Path, threads: int, keep_models: bool) -> None:
+    out = folder / "runs" / run.key
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    config = out / "train.yaml"
+    config.write_text(yaml.safe_dump({**run.arguments, "output_dir": str(out)}, sort_keys=False))
+    command = [sys.executable, "-m", "molf", "train", "--config", str(config)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    start = time.time()
+    with (out / "log.txt").open("w") as log:
+        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+    result: dict[str, Any] = {"key": run.key, "arguments": run.arguments, "wall_seconds": time.time() - start}
+    if done.returncode == 0:
+        result |= {"status": "done", "metrics": json.loads((out / "metrics.json").read_text())}
+        result["versions"] = json.loads((out / "run.json").read_text())["versions"]
+    else:
+        last = [line for line in (out / "log.txt").read_text().splitlines() if line.strip()][-1:]
+        error = last[0].removeprefix("molf: error: ") if last else f"exit status {done.returncode}"
+        result |= {"status": "diverged" if "not finite" in error else "failed", "error": error}
+    if not keep_models:
+        for pattern in WEIGHTS:
+            for path in out.glob(pattern):
+                path.unlink()
+    write_json(_result(folder, run), result)
