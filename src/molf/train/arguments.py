@@ -86,7 +86,7 @@ class MethodArguments:
         for name in ("validation_size", "test_size"):
             if getattr(self, name) < 0 or (getattr(self, name) > 0 and (self.task is None or self.eval_dataset_path)):
                 raise ValueError(
-                    f"{name}={getattr(self, name):g}: must be positive, and splits a task's records, so it needs a task "
+                    f"{name}={getattr(self, name):g}: must be positive; it splits a task's records, so it needs a task "
                     "and no eval_dataset_path"
                 )
         if self.long_prompts not in LONG_PROMPTS:

@@ -1,0 +1,118 @@
+"""The sweep's plan and claims, the choice of learning rates, and the verdict's rule."""
+
+import json
+import math
+import multiprocessing
+import time
+from pathlib import Path
+
+import pytest
+
+from molf.report import compare
+from molf.train import sweep
+from molf.train.files import write_json
+
+COMMON = {"task": "world-fact", "model_name_or_path": "m"}
+
+
+def result(method: str, rate: float, seed: int, validation: float, test: float, **more) -> dict:
+    metrics = {"validation": {"score": validation}, "test": {"score": test}, "seconds": 10.0, "peak_memory_mib": 50.0}
+    arguments = {"method": method, "learning_rate": rate, "seed": seed}
+    return {"arguments": arguments, "status": "done", "metrics": {**metrics, **more}}
+
+
+def failed(method: str, rate: float, seed: int) -> dict:
+    return {"arguments": {"method": method, "learning_rate": rate, "seed": seed}, "status": "diverged", "error": "nan"}
+
+
+def test_the_rate_is_chosen_on_validation_and_reported_on_test() -> None:
+    results = [
+        result("fft", 1e-4, 0, 50, 90), result("fft", 1e-4, 1, 52, 92),
+        result("fft", 1e-3, 0, 60, 70), result("fft", 1e-3, 1, 62, 74),  # better on validation, worse on test
+        result("lora", 1e-4, 0, 40, 40), result("lora", 1e-4, 1, 40, 41),
+        result("lora", 1e-3, 0, 99, 99), failed("lora", 1e-3, 1),  # a rate counts with all its seeds or not at all
+        failed("molf", 1e-3, 0), failed("molf", 1e-3, 1),
+    ]  # fmt: skip
+    rows = {row.method: row for row in compare.summarise(results, "score")}
+    assert (rows["fft"].learning_rate, rows["fft"].scores) == (1e-3, {0: 70, 1: 74})
+    assert (rows["lora"].learning_rate, rows["lora"].failed) == (1e-4, 1)
+    assert math.isnan(rows["molf"].learning_rate)
+    table = compare.markdown(list(rows.values()), "score")
+    assert "| fft | 72.00 ± 2.83 | 61.00 | 0.001 |" in table
+    assert "| molf | no learning rate ended well with all seeds |" in table
+
+
+def test_equal_validation_takes_the_lower_rate() -> None:
+    rows = compare.summarise([result("fft", rate, 0, 50, rate) for rate in (1e-2, 1e-4, 1e-3)], "score")
+    assert rows[0].learning_rate == 1e-4
+
+
+def test_better_needs_an_interval_above_zero_from_three_seeds() -> None:
+    def rows(differences: list[float]) -> list[compare.Row]:
+        results = [result("fft", 1e-3, seed, 1, 50) for seed in range(len(differences))]
+        results += [result("molf", 1e-3, seed, 1, 50 + d) for seed, d in enumerate(differences)]
+        return compare.summarise(results, "score")
+
+    assert "+2.00 points (95 % interval -0.48 to +4.48), not distinguishable" in compare.verdict(
+        rows([1, 2, 3]), [1e-3]
+    )
+    assert "+2.00 points (95 % interval +1.75 to +2.25), better" in compare.verdict(rows([1.9, 2, 2.1]), [1e-3])
+    assert "not distinguishable" in compare.verdict(rows([2, 2]), [1e-3])
+    assert "no interval from one seed" in compare.verdict(rows([2]), [1e-3])
+    assert "At the edge of the learning rates" in compare.verdict(rows([2]), [1e-3, 1e-2])
+    assert "No method ended well" in compare.verdict(compare.summarise([failed("fft", 1, 0)], "score"), [1])
+
+
+def test_a_plan_names_runs_by_what_they_are(tmp_path: Path) -> None:
+    data = tmp_path / "data.json"
+    data.write_text("[1]")
+    common = {**COMMON, "dataset_path": str(data)}
+    runs = sweep.plan(["fft", "molf"], [1e-4, 1e-3], [0, 1], common, {"molf": {"expert_ranks": [16]}})
+    assert len({run.key for run in runs}) == 8
+    assert [run.seed for run in runs[:4]] == [0] * 4
+    again = sweep.plan(["molf", "fft"], [1e-3, 1e-4], [1, 0], common, {"molf": {"expert_ranks": [16]}})
+    assert {run.key for run in runs} == {run.key for run in again}
+    before = runs[0].key
+    data.write_text("[2]")
+    assert runs[0].key != before, "other data are another run"
+    for arguments, message in (
+        (([], [1e-3], [0]), "methods is empty"),
+        ((["fft"], [], [0]), "learning_rates is empty"),
+        ((["fft"], [1e-3, 1e-3], [0]), "twice"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sweep.plan(*arguments, COMMON, {})
+    with pytest.raises(ValueError, match="lora, which is not in methods"):
+        sweep.plan(["fft"], [1e-3], [0], COMMON, {"lora": {}})
+
+
+def _counting(run: sweep.Run, folder: Path, threads: int, keep_models: bool) -> None:
+    with (folder / "executed.txt").open("a") as file:
+        file.write(f"{run.key}\n")
+    time.sleep(0.05)
+    write_json(folder / "results" / f"{run.key}.json", {"key": run.key, "status": "done", "threads": threads})
+
+
+def _sweep(folder: Path) -> None:
+    sweep._execute = _counting
+    runs = sweep.plan(["fft", "molf"], [1e-4, 1e-3, 1e-2], [0, 1], COMMON, {})
+    sweep.run_sweep(runs, folder, workers=2, threads=4)
+
+
+def test_processes_share_a_folder_and_nothing_runs_twice(tmp_path: Path) -> None:
+    """Two processes with two workers each, and one more sweep afterwards: every run once, none missing."""
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_sweep, args=(tmp_path,)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    last = context.Process(target=_sweep, args=(tmp_path,))
+    last.start()
+    last.join(60)
+    executed = (tmp_path / "executed.txt").read_text().split()
+    assert len(executed) == len(set(executed)) == 12
+    results = sweep.read_results(sweep.plan(["fft", "molf"], [1e-4, 1e-3, 1e-2], [0, 1], COMMON, {}), tmp_path)
+    assert len(results) == 12
+    assert {r["threads"] for r in results} == {2}
+    assert json.loads((tmp_path / "results" / f"{executed[0]}.json").read_text())["status"] == "done"
