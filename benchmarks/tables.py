@@ -13,6 +13,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from molf.cli.demo import table
+from molf.report.compare import markdown, summarise, verdict
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -67,11 +68,20 @@ def train() -> str:
     return f"```text\n{json.loads((RESULTS / 'readme_commands.json').read_text())['train']}\n```"
 
 
+def compare_stories3m() -> str:
+    """Table and verdict of the committed sweep, made again from its runs."""
+    data = json.loads((RESULTS / "compare_stories3m.json").read_text())
+    rows = summarise(data["runs"], data["primary"])
+    rates = sorted({run["arguments"]["learning_rate"] for run in data["runs"]})
+    sentences = "\n".join(f"> {line}  " for line in verdict(rows, rates).splitlines())
+    return f"{markdown(rows, data['primary'])}\n\n{sentences}"
+
+
 def main() -> int:
     """Rewrite README.md, or compare with it."""
     readme = ROOT / "README.md"
     text = readme.read_text()
-    for make in (fact_stories3m, demo, train):
+    for make in (fact_stories3m, demo, train, compare_stories3m):
         name = make.__name__
         begin, end = f"<!-- begin: {name} -->\n", f"<!-- end: {name} -->"
         before, rest = text.split(begin)

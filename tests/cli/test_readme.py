@@ -13,7 +13,11 @@ ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "README.md").read_text()
 SHELL = [line for block in re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL) for line in block.splitlines() if line]
 PYTHON = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-SHORTER = {"demo": ["--edits", "16", "--epochs", "1"], "train": ["--max_examples", "16", "--use_cpu", "true"]}
+SHORTER = {
+    "demo": ["--edits", "16", "--epochs", "1"],
+    "train": ["--max_examples", "16", "--use_cpu", "true"],
+    "compare": "--methods fft molf --learning_rates 1e-3 --seeds 0 --max_examples 8 --num_train_epochs 1".split(),
+}
 
 
 def test_python_blocks(tmp_path, monkeypatch) -> None:
@@ -32,10 +36,11 @@ def test_molf_commands(tmp_path, monkeypatch) -> None:
     (tmp_path / "src").symlink_to(ROOT / "src")
     monkeypatch.chdir(tmp_path)
     commands = [line.split() for line in SHELL if line.startswith("molf ")]
-    assert [command[1] for command in commands] == ["demo", "train"]
+    assert [command[1] for command in commands] == ["demo", "train", "compare"]
     for command in commands:
         assert main([*command[1:], *SHORTER[command[1]]]) == 0
     assert (tmp_path / "runs" / "train" / "model.safetensors").exists()
+    assert (tmp_path / "runs" / "compare" / "comparison.md").exists()
 
 
 def test_install_commands() -> None:
@@ -51,7 +56,7 @@ def test_install_commands() -> None:
         subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
 
 
-@pytest.mark.parametrize("name", ["fact_stories3m", "demo", "train"])
+@pytest.mark.parametrize("name", ["fact_stories3m", "demo", "train", "compare_stories3m"])
 def test_numbers_are_those_of_the_results(name: str) -> None:
     assert f"<!-- begin: {name} -->\n<!-- end" not in TEXT, "run benchmarks/tables.py"
     subprocess.run([sys.executable, str(ROOT / "benchmarks" / "tables.py"), "--check"], check=True, timeout=60)

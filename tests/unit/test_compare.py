@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from molf.report import compare
+from molf.tasks import Task
 from molf.train import sweep
+from molf.train.data import split
 from molf.train.files import write_json
 
 COMMON = {"task": "world-fact", "model_name_or_path": "m"}
@@ -40,6 +42,22 @@ def test_the_rate_is_chosen_on_validation_and_reported_on_test() -> None:
     table = compare.markdown(list(rows.values()), "score")
     assert "| fft | 72.00 ± 2.83 | 61.00 | 0.001 |" in table
     assert "| molf | no learning rate ended well with all seeds |" in table
+
+
+def test_splits_are_disjoint_and_a_matter_of_their_seed_alone() -> None:
+    records = list(range(50))
+    held_out, editing = (Task("t", "score", None, None, None, edits=edits) for edits in (False, True))
+    train, parts = split(held_out, records, 0.2, 10, 0)
+    assert (len(train), len(parts["validation"]), len(parts["test"])) == (30, 10, 10)
+    assert sorted([*train, *parts["validation"], *parts["test"]]) == records
+    assert split(held_out, records, 0.2, 10, 0) == (train, parts)
+    assert split(held_out, records, 0.2, 10, 1) != (train, parts)
+    train, parts = split(editing, records, 0.5, 0.5, 0)
+    assert train == records
+    assert sorted([*parts["validation"], *parts["test"]]) == records
+    for sizes in ((0.5, 0.5), (0.001, 10), (40, 20)):
+        with pytest.raises(ValueError, match=r"do not split 50 records of t: give sizes"):
+            split(held_out, records, *sizes, 0)
 
 
 def test_equal_validation_takes_the_lower_rate() -> None:
