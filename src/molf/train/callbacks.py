@@ -40,56 +40,6 @@ class RoutingCallback(TrainerCallback):
             self.recorder = None
 
 
-class AdaLoraCallback(TrainerCallback):
-    """Runs AdaLoRA's rank allocation, without which it is LoRA with an orthogonality penalty.
-
-    Of T steps the first T/10, and those of the warm-up, keep all ranks, and the last T/2 keep the final ones, about
-    as in the longest runs of the paper.
-
-    Source: arXiv:2303.10512, sections 3.3 and 4.1.
-    """
-
-    def __init__(self) -> None:
-        self.model: Any = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Set the schedule, now that the number of steps is known.
-
-        Raises:
-            ValueError: If there are fewer than two steps.
-        """
-        steps = state.max_steps
-        if steps < 2:
-            raise ValueError(f"adalora needs 2 steps or more to change its ranks, the run has {steps}: train longer")
-        self.model = model
-        config = self._config()
-        config.total_step, config.tfinal = steps, min(steps // 2, steps - 2)
-        config.tinit = min(max(steps // 10, args.get_warmup_steps(steps)), steps - config.tfinal - 1)
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """After the optimizer's step, while its gradients are there: PEFT's order."""
-        self.model.base_model.update_and_allocate(state.global_step + 1)
-
-    def changed_ranks(self) -> dict[str, float]:
-        """Smallest, largest and mean rank that is left.
-
-        Raises:
-            ValueError: If the ranks never changed, or nothing is left.
-        """
-        config = self._config()
-        ranks = [sum(kept) for kept in (config.rank_pattern or {}).values()]
-        if all(rank == config.init_r for rank in ranks):
-            raise ValueError(f"adalora's ranks never changed from {config.init_r}, so this was not AdaLoRA: no result")
-        if not any(ranks):
-            raise ValueError(
-                "adalora pruned every rank, because no gradient came before: use more steps or less warm-up"
-            )
-        return {"min": min(ranks), "max": max(ranks), "mean": sum(ranks) / len(ranks)}
-
-    def _config(self) -> Any:
-        return self.model.peft_config["default"]
-
-
 class PlanCallback(TrainerCallback):
     """Prints, before the first step, what will be trained and how, and writes the resolved configuration.
 

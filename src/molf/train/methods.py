@@ -90,7 +90,7 @@ def adapter_config(name: str, config: MoLFConfig) -> LoraConfig:
     """One stacked adapter for molf-e; else PEFT's own, with the scale of ``config``.
 
     AdaLoRA starts at 3/2 of the rank and is left with the rank on average, as in its paper (arXiv:2303.10512,
-    section 4.1); its schedule is set when the number of steps is known, see ``AdaLoraCallback``.
+    section 4.1); its schedule is set when the number of steps is known, see ``adalora.py``.
     """
     if name == "molf-e":
         return molf_lora_config(config, task_type="CAUSAL_LM")

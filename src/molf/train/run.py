@@ -26,8 +26,9 @@ from ..optim import MoLFOptimizerFactory, read_routing
 from ..optim.routing import expert_share
 from ..tasks import Task, get_task
 from ..tasks.prompts import Context
+from .adalora import AdaLoraCallback, AdaLoraTrainer
 from .arguments import MethodArguments, TrainArguments
-from .callbacks import AdaLoraCallback, PlanCallback, RoutingCallback
+from .callbacks import PlanCallback, RoutingCallback
 from .data import fit_examples, load_data
 from .files import write_json
 from .methods import METHODS, Adapted
@@ -74,6 +75,7 @@ def train(method: MethodArguments, args: TrainArguments) -> dict[str, Any]:
         *([routing] if routes else []),
     ]
     trainer = _make_trainer(
+        AdaLoraTrainer if method.method == "adalora" else SFTTrainer,
         model=model if adapted is None else adapted.model,
         args=args,
         train_dataset=dataset,
@@ -111,9 +113,9 @@ def train(method: MethodArguments, args: TrainArguments) -> dict[str, Any]:
     return metrics
 
 
-def _make_trainer(**arguments: Any) -> SFTTrainer:
+def _make_trainer(trainer: type[SFTTrainer], **arguments: Any) -> SFTTrainer:
     try:
-        return SFTTrainer(**arguments)
+        return trainer(**arguments)
     except (RuntimeError, ImportError) as error:  # such as a logger of report_to that is not installed
         raise ValueError(f"the trainer cannot be made: {error}") from error
 
