@@ -114,7 +114,9 @@ def test_what_is_refused(tmp_path, config, capsys) -> None:
     assert "unknown command 'trian': choose one of demo, compare," in fails(capsys, "trian")
     assert "unknown option: --no_such_option 3" in fails(capsys, *train, "--no_such_option", "3")
     assert "learning_rate" in fails(capsys, *train, "--learning_rate", "fast")
-    assert "method='full': choose one of fft, lora, molf, molf-e" in fails(capsys, *train, "--method", "full")
+    assert "method='full': choose one of fft, lora, rslora, dora, pissa, adalora, molf, molf-e" in fails(
+        capsys, *train, "--method", "full"
+    )
     assert "expert_ranks=[4]: fft does not use it" in fails(capsys, *train, "--method", "fft", "--expert_ranks", "4")
     assert "top_k=9" in fails(capsys, *train, "--top_k", "9")
     assert "lora_dropout=0.1" in fails(capsys, *train, "--lora_dropout", "0.1")

@@ -11,7 +11,7 @@ from ..optim import NonFiniteGradientError, ResumeError
 COMMANDS = {
     "demo": "fine-tune the bundled model by every method and compare",
     "compare": "which method, at which learning rate, for your data",
-    "train": "fine-tune a model on your data by fft, lora, molf or molf-e",
+    "train": "fine-tune a model on your data by MoLF, full fine-tuning, LoRA and its kin, or a control",
 }
 
 USAGE = "usage: molf COMMAND [options]\n\ncommands:\n" + "\n".join(

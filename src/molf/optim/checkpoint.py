@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-_SETTINGS = ("expert", "expert_ranks", "scales", "score_fn", "top_k", "param_names")
+_SETTINGS = tuple("expert expert_ranks scales score_fn top_k policy random_shares policy_seed param_names".split())
 
 
 def check_loadable(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:

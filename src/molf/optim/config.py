@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 SCORE_FNS = ("epd", "pfn")
+POLICIES = ("score", "random", "fixed-dense", "fixed-lora")
 
 
 def _help(text: str, default: Any) -> Any:
@@ -48,6 +49,13 @@ class MoLFConfig:
     train_base: bool = _help("Whether every target layer has a dense expert.", True)
     top_k: int = _help("How many experts of a layer are updated per step.", 1)
     score_fn: str = _help("Routing score: 'epd' or 'pfn'.", "epd")
+    policy: str = _help(
+        "Who wins: 'score' is MoLF; controls are 'random' (drawn), 'fixed-dense' and 'fixed-lora' (always the dense "
+        "expert, or the best of the LoRA experts).",
+        "score",
+    )
+    random_shares: Sequence[float] | None = _help("With policy 'random': the share of every expert, in order.", None)
+    policy_seed: int = _help("Seed of policy 'random'.", 0)
     lr: float = _help("Learning rate of the dense expert and of what is not routed.", 5e-5)
     lora_lr: float = _help("Learning rate of the LoRA experts.", 5e-5)
     weight_decay: float = _help("Decoupled weight decay of W and of matrices that are not routed.", 0.1)
@@ -68,6 +76,7 @@ class MoLFConfig:
         object.__setattr__(self, "expert_ranks", ranks)
         object.__setattr__(self, "betas", tuple(self.betas))
         self._check_experts()
+        self._check_policy()
         self._check_numbers()
 
     def _check_types(self) -> None:
@@ -110,6 +119,34 @@ class MoLFConfig:
             )
         if not all(0 < scale < math.inf for scale in self.scales):
             raise ValueError(f"lora_alpha={self.lora_alpha}: must be positive and finite")
+
+    def _check_policy(self) -> None:
+        if self.policy not in POLICIES:
+            raise ValueError(f"policy={self.policy!r}: choose one of {', '.join(POLICIES)}")
+        if isinstance(self.policy_seed, bool) or not isinstance(self.policy_seed, int):
+            raise ValueError(f"policy_seed={self.policy_seed!r}: must be an integer")
+        if self.policy == "random":
+            self._check_shares()
+        elif self.random_shares is not None:
+            raise ValueError(f"random_shares={self.random_shares!r}: only policy='random' draws by shares")
+        if self.policy.startswith("fixed"):
+            if not self.train_base or not self.expert_ranks:
+                raise ValueError(f"policy={self.policy!r} needs a dense and a LoRA expert, not {self.experts} alone")
+            most = 1 if self.policy == "fixed-dense" else len(self.expert_ranks)
+            if self.top_k > most:
+                raise ValueError(f"top_k={self.top_k}: policy={self.policy!r} has {most} expert(s) that may win")
+
+    def _check_shares(self) -> None:
+        shares = self.random_shares
+        if not isinstance(shares, (list, tuple)) or not all(_is_number(share) for share in shares):
+            raise ValueError(f"random_shares={shares!r}: policy='random' needs one number per expert of {self.experts}")
+        if len(shares) != len(self.experts) or not all(0 <= share < math.inf for share in shares):
+            raise ValueError(
+                f"random_shares={tuple(shares)}: give one share, not negative, per expert of {self.experts}"
+            )
+        if sum(share > 0 for share in shares) < self.top_k:
+            raise ValueError(f"random_shares={tuple(shares)}: at least top_k={self.top_k} must be positive")
+        object.__setattr__(self, "random_shares", tuple(float(share) for share in shares))
 
     def _check_numbers(self) -> None:
         for name in ("lr", "lora_lr", "weight_decay", "lora_weight_decay"):

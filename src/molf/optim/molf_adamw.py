@@ -27,7 +27,10 @@ from .checkpoint import check_loadable
 from .config import MoLFConfig
 from .guards import ResumeError, WrittenTensors, check_gradient, clip_factor, gradient_norm
 from .layout import RoutedModule, Slot
+from .policy import priorities
 from .routing import Decision, Routing, decide, read_if_free
+
+_IN_EVERY_GROUP = tuple("betas eps expert_ranks scales score_fn top_k policy random_shares policy_seed".split())
 
 
 class MoLFAdamW(Optimizer):
@@ -72,13 +75,8 @@ class MoLFAdamW(Optimizer):
         defaults = {
             "lr": config.lr,
             "weight_decay": 0.0,
-            "betas": config.betas,
-            "eps": config.eps,
-            "expert_ranks": config.expert_ranks,
-            "scales": config.scales,
-            "score_fn": config.score_fn,
-            "top_k": config.top_k,
             "expert": "other",
+            **{name: getattr(config, name) for name in _IN_EVERY_GROUP},
         }
         super().__init__(params, defaults)
         for module in self.modules:
@@ -160,9 +158,8 @@ class MoLFAdamW(Optimizer):
         self.decision, self._routing = None, {}
         if active:
             sums = torch.stack([self._track(module, clip) for module in active])
-            self.decision = decide(
-                tuple(module.name for module in active), self._scores(active, sums), self.config.top_k
-            )
+            names, scores = tuple(module.name for module in active), self._scores(active, sums)
+            self.decision = decide(names, scores, self.config.top_k, self._priorities(names, scores))
             for module, winners in zip(active, self.decision.mask, strict=True):
                 self._update(module, winners)
         self._step_other(clip)
@@ -199,6 +196,14 @@ class MoLFAdamW(Optimizer):
             factors = [[rate / size for rate, size in zip(rates, m.sizes, strict=True)] for m in active]
             return sums * sums.new_tensor(factors)
         return (sums / sums.new_tensor([module.sizes for module in active])).sqrt_()
+
+    def _priorities(self, active: Sequence[str], scores: Tensor) -> Tensor | None:
+        """What decides in place of the scores; None in MoLF."""
+        if self.config.policy == "score":
+            return None
+        steps = [int(self.state[self._parameter(module.slots[0])]["step"]) for module in self.modules]
+        turns = [(i, step) for i, step in enumerate(steps) if self.modules[i].name in active]
+        return priorities(self.config, scores, turns)
 
     def _update(self, module: RoutedModule, winners: Tensor) -> None:
         """AdamW for the winners, (E,) bool; then P follows. Losers are skipped where that is known, else masked."""

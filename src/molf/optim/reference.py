@@ -105,6 +105,8 @@ class MoLFAdamWReference:
     def __init__(
         self, layers: dict[str, SuperposedLinear], config: MoLFConfig, others: list[tuple[Tensor, float]] | None = None
     ) -> None:
+        if config.policy != "score":
+            raise ValueError(f"policy={config.policy!r}: the reference routes by score alone; use MoLFAdamW")
         self.config, self.n, self.lr_factor = config, 0, 1.0
         self.scores: dict[str, list[float]] = {}
         self.winners: dict[str, list[int]] = {}

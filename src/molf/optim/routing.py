@@ -56,17 +56,18 @@ class Decision:
         return [row[:experts] for row in both], [[int(index) for index in row[experts:]] for row in both]
 
 
-def decide(modules: tuple[str, ...], scores: Tensor, top_k: int) -> Decision:
+def decide(modules: tuple[str, ...], scores: Tensor, top_k: int, ranked_by: Tensor | None = None) -> Decision:
     """The ``top_k`` experts of every module by score; of equal scores the lower index.
 
     Args:
         modules: Module names, M of them.
         scores: (M, E).
         top_k: From 1 to E.
+        ranked_by: (M, E), what decides in place of the scores in a control; the decision keeps the scores.
 
     Source: arXiv:2605.07111, section 4.3.
     """
-    order = torch.sort(scores, dim=1, descending=True, stable=True).indices
+    order = torch.sort(scores if ranked_by is None else ranked_by, dim=1, descending=True, stable=True).indices
     return Decision(modules, scores, order[:, :top_k])
 
 

@@ -11,12 +11,7 @@ from trl import SFTConfig
 from ..optim import MoLFConfig
 from ..tasks import TASKS
 from ..tasks.prompts import LONG_PROMPTS
-
-METHODS = ("fft", "lora", "molf", "molf-e")
-_LORA = ("expert_ranks", "lora_alpha", "use_rslora", "lora_lr", "lora_weight_decay", "lora_dropout")
-_ROUTING = ("top_k", "score_fn", "train_other")
-_UNUSED = {"fft": (*_LORA, *_ROUTING, "target_modules", "exclude_modules"), "lora": _ROUTING}
-_DEFAULT_RANKS = {"fft": (), "lora": (16,), "molf": (128,), "molf-e": (32, 128)}
+from .methods import METHODS, resolve
 
 
 def _help(text: str, default: Any = None) -> Any:
@@ -48,13 +43,19 @@ class MethodArguments:
     )
     expert_ranks: list[int] = field(
         default_factory=list,
-        metadata={"help": "Ranks of the LoRA experts: default 16 for lora, 128 for molf, 32 128 for molf-e."},
+        metadata={
+            "help": "Ranks of the LoRA experts: default 128; 32 128 for molf-e and lora-sum; one rank, default 16, for "
+            "lora, rslora, dora, pissa, adalora (where it is the average left in the end) and lora+other."
+        },
     )
     lora_alpha: list[float] = field(
         default_factory=list,
         metadata={"help": "alpha: one number, or one per expert; default is scale 2 at every rank."},
     )
-    use_rslora: bool = _help("Scale by alpha / sqrt(r) instead of alpha / r.", True)
+    use_rslora: bool | None = _help(
+        "Scale by alpha / sqrt(r) (always so in rslora) instead of alpha / r (always so in adalora); default no for "
+        "lora, dora and pissa, else yes. It matters with lora_alpha alone."
+    )
     target_modules: list[str] = field(
         default_factory=list, metadata={"help": "Layers to adapt: all-linear (default), one regex, or name endings."}
     )
@@ -63,13 +64,19 @@ class MethodArguments:
     )
     top_k: int = _help("Experts updated per layer and step.", 1)
     score_fn: str = _help("Routing score: epd or pfn.", "epd")
+    random_shares: list[float] = field(
+        default_factory=list,
+        metadata={"help": "For the method random: one share per expert, dense first; drawn with the seed."},
+    )
     lora_lr: float | None = _help("Learning rate of the LoRA experts; default is learning_rate.")
     lora_weight_decay: float = _help("Weight decay of LoRA's A and B.", 0.01)
-    lora_dropout: float = _help("Dropout on LoRA's input; lora and molf-e only.", 0.0)
-    train_other: bool | None = _help("Train what is not routed; default yes for molf, no for molf-e.")
+    lora_dropout: float = _help("Dropout on LoRA's input; molf-e, lora-sum and PEFT's methods only.", 0.0)
+    train_other: bool | None = _help(
+        "Train what is not routed; default no for molf-e, else yes. molf-e then saves a whole model, no adapter."
+    )
 
     def __post_init__(self) -> None:
-        for name in ("expert_ranks", "lora_alpha", "target_modules", "exclude_modules"):
+        for name in ("expert_ranks", "lora_alpha", "random_shares", "target_modules", "exclude_modules"):
             value = getattr(self, name)  # YAML may give one value without a list
             setattr(self, name, list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value])
         if not self.model_name_or_path:
@@ -96,16 +103,20 @@ class MethodArguments:
         if self.max_examples is not None and self.max_examples < 1:
             raise ValueError(f"max_examples={self.max_examples}: must be at least 1")
         self._refuse_unused()
-        if self.method == "lora" and len(self.expert_ranks) > 1:
-            raise ValueError(f"expert_ranks={self.expert_ranks}: lora has one rank; use molf-e for several")
+        if METHODS[self.method].one_rank and len(self.expert_ranks) > 1:
+            raise ValueError(f"expert_ranks={self.expert_ranks}: {self.method} has one rank; use molf-e for several")
 
     def _refuse_unused(self) -> None:
         """An option that the method would ignore is an error, not a surprise."""
+        unused = (*METHODS[self.method].unused, *(() if self.method == "random" else ("random_shares",)))
         for option in fields(self):
             default = option.default_factory() if option.default_factory is not MISSING else option.default
             value = getattr(self, option.name)
-            if option.name in _UNUSED.get(self.method, ()) and value != default:
-                raise ValueError(f"{option.name}={value}: {self.method} does not use it; leave it out or choose molf")
+            if option.name in unused and value != default:
+                remedy = "random" if option.name == "random_shares" else "molf"
+                raise ValueError(
+                    f"{option.name}={value}: {self.method} does not use it; leave it out or choose {remedy}"
+                )
 
     def check_training(self, args: SFTConfig) -> None:
         """What the method and the training arguments must agree on.
@@ -113,10 +124,17 @@ class MethodArguments:
         Raises:
             ValueError: Naming the argument, its value and the remedy.
         """
-        if self.method in ("molf", "molf-e") and args.optim != TrainArguments.optim:
+        spec = METHODS[self.method]
+        if spec.routes and args.optim != TrainArguments.optim:
             raise ValueError(f"optim={args.optim}: {self.method} is the optimizer; leave the option out")
-        if self.method == "lora" and args.weight_decay != TrainArguments.weight_decay:
-            raise ValueError(f"weight_decay={args.weight_decay}: lora takes lora_weight_decay")
+        if spec.adapter and not spec.routes and args.weight_decay != TrainArguments.weight_decay:
+            raise ValueError(f"weight_decay={args.weight_decay}: {self.method} takes lora_weight_decay")
+        fresh = str(args.resume_from_checkpoint).lower() in ("none", "", "false")
+        if self.method == "adalora" and not fresh:
+            raise ValueError(
+                f"resume_from_checkpoint={args.resume_from_checkpoint}: adalora's importance scores are in no "
+                "checkpoint, so it cannot continue exactly; start a new run in another output_dir"
+            )
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
             if getattr(args, name) < 1:
                 raise ValueError(f"{name}={getattr(args, name)}: must be at least 1")
@@ -128,15 +146,19 @@ class MethodArguments:
         alphas: float | tuple[float, ...] | None = tuple(self.lora_alpha) or None
         if isinstance(alphas, tuple) and len(alphas) == 1:
             alphas = alphas[0]
-        return MoLFConfig(
-            expert_ranks=tuple(self.expert_ranks) or _DEFAULT_RANKS[self.method],
+        spec = METHODS[self.method]
+        config = MoLFConfig(
+            expert_ranks=tuple(self.expert_ranks) or spec.default_ranks,
             lora_alpha=alphas,
-            use_rslora=self.use_rslora,
+            use_rslora=spec.use_rslora if self.use_rslora is None else self.use_rslora,
             target_modules=_pattern(self.target_modules) or "all-linear",
             exclude_modules=_pattern(self.exclude_modules),
-            train_base=self.method in ("fft", "molf"),
+            train_base=spec.train_base,
             top_k=self.top_k,
             score_fn=self.score_fn,
+            policy=spec.policy,
+            random_shares=tuple(self.random_shares) or None,
+            policy_seed=args.seed if spec.policy == "random" else 0,
             lr=args.learning_rate,
             lora_lr=args.learning_rate if self.lora_lr is None else self.lora_lr,
             weight_decay=args.weight_decay,
@@ -147,6 +169,7 @@ class MethodArguments:
             lora_dropout=self.lora_dropout,
             train_other=self.train_other,
         )
+        return resolve(self.method, config)
 
 
 def _pattern(values: list[str]) -> str | list[str] | None:

@@ -18,19 +18,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import SFTTrainer
 
-from ..optim import MoLFConfig, MoLFOptimizerFactory, molf_lora_config, read_routing
+from ..optim import MoLFOptimizerFactory, read_routing
 from ..optim.routing import expert_share
 from ..tasks import Task, get_task
 from ..tasks.prompts import Context
+from .adalora import AdaLoraCallback, AdaLoraTrainer
 from .arguments import MethodArguments, TrainArguments
 from .callbacks import PlanCallback, RoutingCallback
 from .data import fit_examples, load_data
 from .files import write_json
+from .methods import METHODS, Adapted
 from .resume import find_checkpoint
 
 _PACKAGES = ("molf", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
@@ -50,10 +51,11 @@ def train(method: MethodArguments, args: TrainArguments) -> dict[str, Any]:
     """
     method.check_training(args)
     config = method.molf_config(args)
-    routes = method.method in ("molf", "molf-e")
+    spec = METHODS[method.method]
+    routes = spec.routes
     if routes:
         args.max_grad_norm = 0.0  # the optimizer clips, because only it knows the virtual gradients
-    elif method.method == "lora":
+    elif spec.adapter:
         args.learning_rate, args.weight_decay = config.lora_lr, config.lora_weight_decay
     resolved = {"method": asdict(method), "molf": asdict(config), "training": args.to_dict(), "versions": versions()}
     checkpoint = find_checkpoint(args.resume_from_checkpoint, str(args.output_dir), resolved)
@@ -63,21 +65,24 @@ def train(method: MethodArguments, args: TrainArguments) -> dict[str, Any]:
     set_seed(args.seed)
     model, tokenizer = _load(method, args)
     dataset, cut = _fit(task, dataset, scored, model, tokenizer, method, args.max_length)
-    if method.method in ("lora", "molf-e"):  # PEFT keeps the adapter in fp32 over a 16-bit base
-        model = get_peft_model(model, _adapter_config(method, config))
+    adapted = Adapted(model, method.method, config) if spec.saves_adapter(config) else None
+    adalora = AdaLoraCallback()
     out = Path(str(args.output_dir))
     routing = RoutingCallback(out / "routing.jsonl")
-    try:
-        trainer = SFTTrainer(
-            model=model,
-            args=args,
-            train_dataset=dataset,
-            processing_class=tokenizer,
-            optimizer_cls_and_kwargs=(MoLFOptimizerFactory, {"config": config}) if routes else None,
-            callbacks=[PlanCallback(out / "run.json", resolved), *([routing] if routes else [])],
-        )
-    except (RuntimeError, ImportError) as error:  # such as a logger of report_to that is not installed
-        raise ValueError(f"the trainer cannot be made: {error}") from error
+    callbacks = [
+        *([adalora] if method.method == "adalora" else []),
+        PlanCallback(out / "run.json", resolved),
+        *([routing] if routes else []),
+    ]
+    trainer = _make_trainer(
+        AdaLoraTrainer if method.method == "adalora" else SFTTrainer,
+        model=model if adapted is None else adapted.model,
+        args=args,
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        optimizer_cls_and_kwargs=(MoLFOptimizerFactory, {"config": config}) if routes else None,
+        callbacks=callbacks,
+    )
     start = time.perf_counter()
     try:
         result = trainer.train(resume_from_checkpoint=checkpoint)
@@ -94,7 +99,11 @@ def train(method: MethodArguments, args: TrainArguments) -> dict[str, Any]:
     }
     if checkpoint is not None:
         metrics["resumed_from"] = checkpoint  # seconds and memory are of the time since then
+    if method.method == "adalora":
+        metrics["adalora_ranks"] = adalora.changed_ranks()
     trainer.save_model()
+    if adapted is not None:
+        adapted.save_on_original_base(out)
     if routes:
         records = read_routing(out / "routing.jsonl")[1]
         metrics["expert_share"] = {name: expert_share(records, i) for i, name in enumerate(config.experts)}
@@ -104,6 +113,13 @@ def train(method: MethodArguments, args: TrainArguments) -> dict[str, Any]:
             metrics |= {part: found} if part else found
     write_json(out / "metrics.json", metrics)
     return metrics
+
+
+def _make_trainer(trainer: type[SFTTrainer], **arguments: Any) -> SFTTrainer:
+    try:
+        return trainer(**arguments)
+    except (RuntimeError, ImportError) as error:  # such as a logger of report_to that is not installed
+        raise ValueError(f"the trainer cannot be made: {error}") from error
 
 
 def _mean_loss(history: Sequence[dict[str, Any]], fallback: float) -> float:
@@ -157,22 +173,6 @@ def _fit(
         return dataset, {}
     print(f"{context.truncated} of {len(dataset)} prompts are longer than {context.length} tokens: cut from the left")
     return dataset, {"truncated_examples": context.truncated}
-
-
-def _adapter_config(method: MethodArguments, config: MoLFConfig) -> LoraConfig:
-    """One stacked adapter for molf-e; for lora PEFT's own, at the same scale."""
-    if method.method == "molf-e":
-        return molf_lora_config(config, task_type="CAUSAL_LM")
-    rank = config.expert_ranks[0]
-    return LoraConfig(
-        r=rank,
-        lora_alpha=config.scales[0] * (rank**0.5 if config.use_rslora else rank),
-        use_rslora=config.use_rslora,
-        lora_dropout=config.lora_dropout,
-        target_modules=config.target_modules,
-        exclude_modules=config.exclude_modules,
-        task_type="CAUSAL_LM",
-    )
 
 
 def versions() -> dict[str, str]:

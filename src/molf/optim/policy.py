@@ -1,0 +1,46 @@
+"""Routing without the score, for controls: drawn at given shares, or fixed. One function, ``priorities``."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from .config import MoLFConfig
+
+
+def priorities(config: MoLFConfig, scores: Tensor, turns: Sequence[tuple[int, int]]) -> Tensor:
+    """What the experts of every module are ranked by, (M, E), higher first.
+
+    ``random`` draws experts one after the other in proportion to ``random_shares`` w_i, without putting back: the
+    order of log(u_i) / w_i with u_i uniform in (0, 1] (Efraimidis and Spirakis 2006, as exponential clocks). The draw
+    depends on ``policy_seed``, the module's index and its step alone, so a resumed run repeats it, on any device and
+    in every process, and no global generator is touched. ``fixed-dense`` and ``fixed-lora`` bar the other experts.
+
+    Args:
+        config: The policy.
+        scores: (M, E).
+        turns: Index and number of steps, this one included, of each of the M modules.
+
+    Example:
+        >>> import torch
+        >>> config = MoLFConfig(policy="fixed-dense")
+        >>> priorities(config, torch.tensor([[0.1, 0.9]]), [(0, 1)]).argmax().item()
+        0
+    """
+    if config.policy == "random":
+        return scores.new_tensor([_draw(config, f"{config.policy_seed}/{index}/{step}") for index, step in turns])
+    ranked = scores.clone()
+    if config.policy == "fixed-dense":
+        ranked[:, 1:] = -math.inf
+    elif config.policy == "fixed-lora":
+        ranked[:, 0] = -math.inf
+    return ranked
+
+
+def _draw(config: MoLFConfig, key: str) -> list[float]:
+    uniform = random.Random(key)  # a string is hashed by SHA-512: the same on every machine, nearby keys unrelated
+    draws = [math.log(1 - uniform.random()) for _ in config.experts]
+    return [u / w if w else -math.inf for u, w in zip(draws, config.random_shares or (), strict=True)]
