@@ -175,12 +175,15 @@ def test_pissa_resumes_exactly(tmp_path, facts) -> None:
 
 
 @PRUNED
-def test_adalora_prunes_to_its_rank(tmp_path, facts) -> None:
+def test_adalora_prunes_to_its_rank(tmp_path, facts, trained) -> None:
     out = tmp_path / "run"
     assert main(command("adalora", facts, out, "--max_steps", "8")) == 0
     ranks = json.loads((out / "metrics.json").read_text())["adalora_ranks"]
     assert ranks["mean"] == pytest.approx(4, abs=0.1)
     assert ranks["min"] < ranks["max"] <= 6
+    assert ranks["min"] == 0  # such layers load, too
+    after = logits(AutoPeftModelForCausalLM.from_pretrained(out))
+    torch.testing.assert_close(after, logits(trained[0].model), rtol=0, atol=1e-5 * after.abs().max().item())
     kept = [value.shape[0] for key, value in tensors(out).items() if "lora_A" in key]
     assert (min(kept), max(kept), sum(kept) / len(kept)) == tuple(ranks.values())
 

@@ -52,8 +52,7 @@ def train(method: MethodArguments, args: TrainArguments) -> dict[str, Any]:
     method.check_training(args)
     config = method.molf_config(args)
     spec = METHODS[method.method]
-    routes = spec.routes
-    if routes:
+    if spec.routes:
         args.max_grad_norm = 0.0  # the optimizer clips, because only it knows the virtual gradients
     elif spec.adapter:
         args.learning_rate, args.weight_decay = config.lora_lr, config.lora_weight_decay
@@ -69,42 +68,26 @@ def train(method: MethodArguments, args: TrainArguments) -> dict[str, Any]:
     adalora = AdaLoraCallback()
     out = Path(str(args.output_dir))
     routing = RoutingCallback(out / "routing.jsonl")
-    callbacks = [
-        *([adalora] if method.method == "adalora" else []),
-        PlanCallback(out / "run.json", resolved),
-        *([routing] if routes else []),
-    ]
+    own = [adalora] if method.method == "adalora" else [routing] if spec.routes else []
     trainer = _make_trainer(
         AdaLoraTrainer if method.method == "adalora" else SFTTrainer,
         model=model if adapted is None else adapted.model,
         args=args,
         train_dataset=dataset,
         processing_class=tokenizer,
-        optimizer_cls_and_kwargs=(MoLFOptimizerFactory, {"config": config}) if routes else None,
-        callbacks=callbacks,
+        optimizer_cls_and_kwargs=(MoLFOptimizerFactory, {"config": config}) if spec.routes else None,
+        callbacks=[*own, PlanCallback(out / "run.json", resolved)],
     )
-    start = time.perf_counter()
     try:
-        result = trainer.train(resume_from_checkpoint=checkpoint)
+        metrics = {"method": method.method, **_run(trainer, checkpoint, memory), **cut}
     finally:
         routing.close()
-    history = trainer.state.log_history
-    metrics: dict[str, Any] = {
-        "method": method.method,
-        "train_loss": result.training_loss if checkpoint is None else _mean_loss(history, result.training_loss),
-        "steps": trainer.state.global_step,
-        "seconds": time.perf_counter() - start,
-        "peak_memory_mib": memory.mib(),
-        **cut,
-    }
-    if checkpoint is not None:
-        metrics["resumed_from"] = checkpoint  # seconds and memory are of the time since then
     if method.method == "adalora":
         metrics["adalora_ranks"] = adalora.changed_ranks()
     trainer.save_model()
     if adapted is not None:
         adapted.save_on_original_base(out)
-    if routes:
+    if spec.routes:
         records = read_routing(out / "routing.jsonl")[1]
         metrics["expert_share"] = {name: expert_share(records, i) for i, name in enumerate(config.experts)}
     if task is not None and method.eval_at_end:
@@ -120,6 +103,19 @@ def _make_trainer(trainer: type[SFTTrainer], **arguments: Any) -> SFTTrainer:
         return trainer(**arguments)
     except (RuntimeError, ImportError) as error:  # such as a logger of report_to that is not installed
         raise ValueError(f"the trainer cannot be made: {error}") from error
+
+
+def _run(trainer: SFTTrainer, checkpoint: str | None, memory: _PeakMemory) -> dict[str, Any]:
+    """Train; returns loss, steps, time and memory, the last two since the resume if there was one."""
+    start = time.perf_counter()
+    loss = trainer.train(resume_from_checkpoint=checkpoint).training_loss
+    metrics: dict[str, Any] = {
+        "train_loss": loss if checkpoint is None else _mean_loss(trainer.state.log_history, loss),
+        "steps": trainer.state.global_step,
+        "seconds": time.perf_counter() - start,
+        "peak_memory_mib": memory.mib(),
+    }
+    return metrics if checkpoint is None else {**metrics, "resumed_from": checkpoint}
 
 
 def _mean_loss(history: Sequence[dict[str, Any]], fallback: float) -> float:
