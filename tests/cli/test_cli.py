@@ -111,7 +111,7 @@ def test_yaml_values_and_lists(tmp_path, config, written, ranks, modules, routed
 
 def test_what_is_refused(tmp_path, config, capsys) -> None:
     train = ["train", "--config", config, "--output_dir", tmp_path / "run"]
-    assert "unknown command 'trian': choose one of demo, train" in fails(capsys, "trian")
+    assert "unknown command 'trian': choose one of demo, compare," in fails(capsys, "trian")
     assert "unknown option: --no_such_option 3" in fails(capsys, *train, "--no_such_option", "3")
     assert "learning_rate" in fails(capsys, *train, "--learning_rate", "fast")
     assert "method='full': choose one of fft, lora, molf, molf-e" in fails(capsys, *train, "--method", "full")
