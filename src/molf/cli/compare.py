@@ -6,7 +6,7 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 
@@ -14,6 +14,7 @@ from ..report.compare import RULE, Row, markdown, summarise, verdict
 from ..tasks import get_task
 from ..train.files import write_json
 from ..train.sweep import plan, read_results, run_sweep
+from .parser import Parser
 
 DESCRIPTION = """Methods x learning rates x seeds on one task and model, from a YAML file or from options.
 
@@ -23,11 +24,6 @@ Learning rates are chosen on a validation split and reported on a test split. Ev
 and goes to every run; in the YAML file a mapping ``per_method`` gives a method options of its own. A sweep that was
 interrupted goes on where it stopped, and several processes may share one folder.
 """
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
 
 
 def run(argv: Sequence[str]) -> None:
@@ -62,7 +58,7 @@ def run(argv: Sequence[str]) -> None:
 
 def _options(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any], dict[str, dict[str, Any]]]:
     """The sweep's own options, those of every run, and those of single methods."""
-    parser = _Parser(prog="molf compare", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="molf compare", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, help="YAML file with any of these options")
     parser.add_argument("--methods", nargs="+", default=["fft", "lora", "molf", "molf-e"], help="methods of molf train")
     parser.add_argument("--learning_rates", nargs="+", type=float, default=[3e-4, 1e-3, 3e-3], help="the same for all")

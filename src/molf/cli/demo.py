@@ -13,12 +13,13 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 
 from ..assets import BUNDLED_MODEL
 from ..world import counterfactual_edits, make_world
+from .parser import Parser
 
 METHODS: dict[str, list[str]] = {
     "fft": ["--learning_rate", "1e-3"],
@@ -31,11 +32,6 @@ METHODS: dict[str, list[str]] = {
 COLUMNS = ("method", "score", "efficacy", "paraphrase", "neighbours", "loss", "seconds", "peak MiB", "dense wins")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
-
-
 def run(argv: Sequence[str]) -> None:
     """Train by every method, print one table, and write it to ``demo.json``.
 
@@ -43,7 +39,7 @@ def run(argv: Sequence[str]) -> None:
         ValueError: For bad options.
         ChildProcessError: If a method fails.
     """
-    parser = _Parser(prog="molf demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="molf demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="where models and logs go")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="methods to run")
     parser.add_argument("--edits", type=int, default=300, help="number of counterfactual edits")

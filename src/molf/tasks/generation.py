@@ -50,7 +50,9 @@ def generate(
     """
     eos = tokenizer.eos_token_id
     if eos is None:
-        raise ValueError("the tokenizer has no EOS token, so generation cannot stop: set tokenizer.eos_token")
+        raise ValueError(
+            "the tokenizer has no EOS token, so generation cannot stop: set it, on the command line with --eos_token"
+        )
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens}: must be at least 1")
     context = context or Context.of(model, tokenizer, long_prompts)

@@ -7,9 +7,7 @@ methods that route, and the trainer's checkpoints.
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
-import platform
 import resource
 import time
 from collections.abc import Sequence
@@ -18,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import set_seed
 from trl import SFTTrainer
 
 from ..optim import MoLFOptimizerFactory, read_routing
@@ -31,10 +28,9 @@ from .arguments import MethodArguments, TrainArguments
 from .callbacks import PlanCallback, RoutingCallback
 from .data import fit_examples, load_data
 from .files import write_json
+from .load import load_model, load_tokenizer, versions
 from .methods import METHODS, Adapted
 from .resume import find_checkpoint
-
-_PACKAGES = ("molf", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
 
 
 def train(method: MethodArguments, args: TrainArguments) -> dict[str, Any]:
@@ -130,19 +126,11 @@ def _mean_loss(history: Sequence[dict[str, Any]], fallback: float) -> float:
 def _load(method: MethodArguments, args: TrainArguments) -> tuple[Any, Any]:
     """Model and tokenizer; a tokenizer without end token cannot teach when to stop."""
     name = method.model_name_or_path
-    common = {"revision": method.model_revision, "trust_remote_code": args.trust_remote_code}
-    tokenizer = AutoTokenizer.from_pretrained(name, **common)
-    if args.eos_token is not None:
-        if args.eos_token not in tokenizer.get_vocab():
-            raise ValueError(f"eos_token={args.eos_token!r} is not in the vocabulary of {name}: choose a token that is")
-        tokenizer.eos_token = args.eos_token
+    hub = {"revision": method.model_revision, "trust_remote_code": args.trust_remote_code}
+    tokenizer = load_tokenizer(name, args.eos_token, **hub)
     if tokenizer.eos_token is None:
         raise ValueError(f"the tokenizer of {name} has no EOS token: set one with --eos_token")
-    try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=method.dtype, use_safetensors=True, **common)
-    except SafetensorError as error:
-        raise ValueError(f"the weights of {name} are damaged: {error}") from error
-    return model, tokenizer
+    return load_model(name, method.dtype, **hub), tokenizer
 
 
 def _fit(
@@ -161,7 +149,7 @@ def _fit(
     context = Context.of(model, tokenizer, method.long_prompts)
     for part, records in scored.items() if method.long_prompts == "refuse" and method.eval_at_end else ():
         if task is not None:
-            name = part or method.eval_dataset_path or task.name
+            name = part or method.eval_dataset_path or method.dataset_path or task.name
             fit_examples([task.example(record) for record in records], tokenizer, context, name)
     context.length = min((n for n in (context.length, max_length) if n is not None), default=None)
     dataset = fit_examples(dataset, tokenizer, context, method.dataset_path or str(method.task))
@@ -169,13 +157,6 @@ def _fit(
         return dataset, {}
     print(f"{context.truncated} of {len(dataset)} prompts are longer than {context.length} tokens: cut from the left")
     return dataset, {"truncated_examples": context.truncated}
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python, of the packages that decide the numbers, and the device."""
-    found = {name: importlib.metadata.version(name) for name in _PACKAGES}
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
-    return {"python": platform.python_version(), "device": device, **found}
 
 
 class _PeakMemory:

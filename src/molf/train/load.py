@@ -1,0 +1,98 @@
+"""Models and tokenizers from folders and the hub, and the versions that decide the numbers.
+
+Weights are read from safetensors alone, and code of a model's own runs only where it is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import warnings
+from typing import Any
+
+import torch
+from peft import AutoPeftModelForCausalLM, PeftConfig
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import cached_file
+from transformers.utils.peft_utils import find_adapter_config_file
+
+_PACKAGES = ("molf", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
+
+
+def load_tokenizer(name: str, eos_token: str | None = None, **hub: Any) -> Any:
+    """The tokenizer of a folder or hub id, maybe with another end token.
+
+    Raises:
+        ValueError: If ``eos_token`` is not in its vocabulary.
+        OSError: If there is no such tokenizer.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(name, **hub)
+    if eos_token is not None:
+        if eos_token not in tokenizer.get_vocab():
+            raise ValueError(f"eos_token={eos_token!r} is not in the vocabulary of {name}: choose a token that is")
+        tokenizer.eos_token = eos_token
+    return tokenizer
+
+
+def load_model(name: str, dtype: str, **hub: Any) -> Any:
+    """The causal language model of a folder or hub id.
+
+    Raises:
+        ValueError: If its weights are damaged, or some are missing and would be random numbers.
+        OSError: If there is no such model, or not in safetensors.
+    """
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, use_safetensors=True, output_loading_info=True, **hub
+        )
+    except (SafetensorError, RuntimeError) as error:  # RuntimeError: shapes that are not the configuration's
+        raise _damaged(name, error) from error
+    if found["missing_keys"]:
+        missing = sorted(found["missing_keys"])
+        raise ValueError(f"the weights of {name} lack {len(missing)} of the model's tensors, such as {missing[0]}")
+    return model
+
+
+def load_trained(name: str, dtype: str, eos_token: str | None = None, **hub: Any) -> tuple[Any, Any]:
+    """Model and tokenizer of a folder or hub id that holds a whole model or a PEFT adapter.
+
+    An adapter's base is the one that its configuration names; its tokenizer is in its own folder, else the base's.
+
+    Raises:
+        ValueError: If weights are damaged or missing, or ``eos_token`` is not in the vocabulary.
+        OSError: If model, adapter or base cannot be read, or not in safetensors.
+    """
+    if find_adapter_config_file(name, revision=hub.get("revision")) is None:
+        return load_model(name, dtype, **hub), load_tokenizer(name, eos_token, **hub)
+    cached_file(name, "adapter_model.safetensors", revision=hub.get("revision"))  # PEFT would take a pickle instead
+    try:
+        base = PeftConfig.from_pretrained(name, revision=hub.get("revision"))
+    except (KeyError, TypeError) as error:  # another method, or fields that it does not have
+        raise ValueError(f"its adapter_config.json is not PEFT's: {error}") from error
+    if not base.base_model_name_or_path:
+        raise ValueError("its adapter_config.json names no base model: set base_model_name_or_path")
+    own = cached_file(
+        name, "tokenizer_config.json", revision=hub.get("revision"), _raise_exceptions_for_missing_entries=False
+    )
+    source = hub if own else {**hub, "revision": base.revision}
+    tokenizer = load_tokenizer(name if own else base.base_model_name_or_path, eos_token, **source)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys", category=UserWarning)
+            model = AutoPeftModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, **hub)
+    except (SafetensorError, RuntimeError, UserWarning) as error:
+        raise _damaged(name, error) from error
+    return model, tokenizer
+
+
+def _damaged(name: str, error: Exception) -> ValueError:
+    first_words = " ".join(str(error).split())[:200]  # PEFT's go on about every tensor
+    return ValueError(f"the weights of {name} are damaged, incomplete or of another shape: {first_words}")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, of the packages that decide the numbers, and the device."""
+    found = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
+    return {"python": platform.python_version(), "device": device, **found}
