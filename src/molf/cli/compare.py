@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ import yaml
 from ..report.compare import RULE, Row, markdown, summarise, verdict
 from ..tasks import get_task
 from ..train.files import write_json
-from ..train.sweep import plan, read_results, run_sweep
+from ..train.sweep import Run, plan, read_results, run_sweep
 from .parser import Parser
+from .train import parse
 
 DESCRIPTION = """Methods x learning rates x seeds on one task and model, from a YAML file or from options.
 
@@ -40,6 +42,7 @@ def run(argv: Sequence[str]) -> None:
     common = {"save_strategy": "no", "disable_tqdm": True, **common}
     runs = plan(options.methods, options.learning_rates, options.seeds, common, per_method)
     task.load(common.get("dataset_path"), common.get("max_examples"))  # bad data stop the sweep before its first run
+    _check(runs)
     folder = Path(options.output_dir)
     print(f"{len(runs)} runs: {', '.join(options.methods)} x {options.learning_rates} x seeds {options.seeds}")
     run_sweep(runs, folder, workers=options.workers, threads=options.threads, keep_models=options.keep_models)
@@ -54,6 +57,16 @@ def run(argv: Sequence[str]) -> None:
             name = f"{arguments['method']} at {arguments['learning_rate']:g}, seed {arguments['seed']}"
             print(f"{result['status']}: {name}: {result['error']}")
     print(f"\n{text}\nresults: {folder}")
+
+
+def _check(runs: Sequence[Run]) -> None:
+    """Parse the options of every method as ``molf train`` will, so that a typo stops the sweep before its first run."""
+    firsts = {(run.method, run.learning_rate): run for run in runs}
+    with tempfile.TemporaryDirectory() as folder:
+        for run in firsts.values():
+            path = Path(folder) / "train.yaml"
+            path.write_text(yaml.safe_dump(run.arguments))
+            parse(["--config", str(path)])
 
 
 def _options(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any], dict[str, dict[str, Any]]]:

@@ -29,8 +29,8 @@ class _Parser(TrlParser):
         return known, unknown
 
 
-def run(argv: Sequence[str]) -> None:
-    """Parse ``--config FILE.yaml --key value ...`` and train.
+def parse(argv: Sequence[str]) -> tuple[MethodArguments, TrainArguments]:
+    """The arguments of ``--config FILE.yaml --key value ...``, looked at as far as they can be without a model.
 
     Raises:
         ValueError: For unknown or bad options.
@@ -45,6 +45,18 @@ def run(argv: Sequence[str]) -> None:
         raise ValueError(f"the configuration file is not YAML: {error}") from error
     except TypeError as error:  # YAML gives an option a list or a key that is no name
         raise ValueError(f"an option has a value of the wrong type: {error}") from error
+    method.check_training(args)
+    method.molf_config(args)
+    return method, args
+
+
+def run(argv: Sequence[str]) -> None:
+    """Parse ``--config FILE.yaml --key value ...`` and train.
+
+    Raises:
+        ValueError: For unknown or bad options.
+    """
+    method, args = parse(argv)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     metrics = train(method, args)
     print(json.dumps(metrics, indent=2))
