@@ -17,6 +17,7 @@ import random
 import time
 from itertools import islice
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import tokenizers
@@ -27,6 +28,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from molf import world as w
+from molf.tasks.scoring import score_continuations
 
 END = "<|endoftext|>"
 PAD = "<|pad|>"
@@ -80,22 +82,9 @@ def labels_of(ids: torch.Tensor, pad: int) -> torch.Tensor:
     return ids.masked_fill(ids == pad, -100)
 
 
-@torch.no_grad()
 def greedy_accuracy(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, pairs: list[tuple[str, str]]) -> float:
-    """Share of (prompt, completion) pairs whose completion tokens and end are the argmax at every position."""
-    right = 0
-    for start in range(0, len(pairs), 256):
-        chunk = pairs[start : start + 256]
-        prompts = [tokenizer(prompt).input_ids for prompt, _ in chunk]
-        wholes = [tokenizer("".join(pair)).input_ids for pair in chunk]
-        width = max(map(len, wholes))
-        ids = torch.full((len(chunk), width), tokenizer.pad_token_id)
-        for row, whole in zip(ids, wholes, strict=True):
-            row[: len(whole)] = torch.tensor(whole)
-        predicted = model(input_ids=ids).logits.argmax(-1)
-        for row, prompt, whole in zip(predicted, prompts, wholes, strict=True):
-            right += row[len(prompt) - 1 : len(whole) - 1].tolist() == whole[len(prompt) :]
-    return right / len(pairs)
+    """Share of (prompt, completion) pairs whose completion is what greedy decoding says."""
+    return fmean(result.greedy for result in score_continuations(model, tokenizer, pairs, batch_size=256))
 
 
 @torch.no_grad()

@@ -39,7 +39,7 @@ def test_both_forms() -> None:
     assert (edit.prompt, edit.target_new, edit.target_true) == ("Ada {Alder} plays the", "drum", "harp")
     assert edit.neighbours == (("Leo Lark plays the", "harp"), ("Leo Holt plays the", "harp"))
     assert fact.parse_edit(FLAT).neighbours == (("Leo plays the", "flute"),)
-    assert fact.training_pairs([edit]) == [{"prompt": "Ada {Alder} plays the", "completion": " drum"}]
+    assert fact.example(edit) == {"prompt": "Ada {Alder} plays the", "completion": " drum"}
 
 
 @pytest.mark.parametrize("form", [json.dumps, lambda rows: "\n".join(map(json.dumps, rows))])

@@ -1,6 +1,5 @@
 """The registry, the world's tasks and where records come from."""
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,10 @@ from molf.tasks import TASKS, fact, get_task, med
 from molf.tasks.records import read_records
 from molf.world import make_world
 
-HAVE_SQL = importlib.util.find_spec("molf.tasks.sql") is not None
-
 
 def test_registry() -> None:
     for name in TASKS:
-        if name != "sql" or HAVE_SQL:
-            assert get_task(name).name == name
+        assert get_task(name).name == name
     assert get_task("fact") is fact.TASK
     assert (get_task("fact").primary, get_task("med").primary) == ("score", "accuracy")
     with pytest.raises(ValueError, match="task='facts': choose one of fact, med, sql, world-fact, "):
@@ -45,7 +41,6 @@ def test_world_questions_are_about_every_fact() -> None:
     assert med.parse_question(records[0]) == records[0]
 
 
-@pytest.mark.skipif(not HAVE_SQL, reason="the task sql is not there")
 def test_world_sql_is_worded_and_scored_as_sql_is(tmp_path: Path) -> None:
     record = get_task("world-sql").load(None, 1)[0]
     path = tmp_path / "sql.json"

@@ -8,8 +8,9 @@ expert the result is that optimizer's, bit for bit.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,12 +50,42 @@ def moment_dtype(parameter: Tensor) -> torch.dtype:
     return torch.float32 if parameter.dtype in (torch.bfloat16, torch.float16) else parameter.dtype
 
 
+def new_state(parameter: Tensor, *, moments: bool) -> dict[str, Tensor]:
+    """``step``, ``base`` (a 16-bit parameter's fp32 master) and, with ``moments``, ``exp_avg`` and ``exp_avg_sq``."""
+    dtype = moment_dtype(parameter)
+    state = {"step": torch.tensor(0.0)}
+    if dtype != parameter.dtype:
+        state["base"] = parameter.detach().to(dtype, copy=True)
+    if moments:
+        state["exp_avg"] = torch.zeros_like(parameter, dtype=dtype)
+        state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=dtype)
+    return state
+
+
 def scaled_gradient(grad: Tensor | None, tensor: Trained, clip: float) -> Tensor:
     """The gradient in the dtype of the moments, times the clipping factor."""
     if grad is None:
         raise RuntimeError("a gradient disappeared during the step")
     grad = grad.to(tensor.exp_avg.dtype)
     return grad if clip == 1.0 else grad * clip
+
+
+def step_numbers(
+    groups: Sequence[Mapping[str, Any]], n: float, folds: tuple[float, ...] = (1.0,)
+) -> tuple[list[float], list[float], float]:
+    """Per group 1 - ηλ and -f η / (1-β1ⁿ), and √(1-β2ⁿ), in double precision.
+
+    Args:
+        groups: Parameter groups; β1 and β2 are the first one's.
+        n: The step count.
+        folds: f, one for all groups or one per group.
+    """
+    beta1, beta2 = groups[0]["betas"]
+    rates = [float(group["lr"]) for group in groups]
+    decays = [1 - rate * group["weight_decay"] for rate, group in zip(rates, groups, strict=True)]
+    folds = folds * len(groups) if len(folds) == 1 else folds
+    sizes = [-(rate / (1 - beta1**n)) * fold for rate, fold in zip(rates, folds, strict=True)]
+    return decays, sizes, (1 - beta2**n) ** 0.5
 
 
 def update_moments_(tensor: Trained, grad: Tensor, betas: tuple[float, float]) -> None:

@@ -13,27 +13,31 @@ is a segment vector, scores are per-rank sums reduced by segment, updates are ma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from . import virtual
-from .adamw import Coefficients, Trained, adamw_, moment_dtype, scaled_gradient, score_terms, update_moments_
-from .checkpoint import check_loadable
+from .adamw import (
+    Coefficients,
+    Trained,
+    adamw_,
+    scaled_gradient,
+    score_terms,
+    step_numbers,
+    update_moments_,
+)
 from .config import MoLFConfig
-from .guards import ResumeError, WrittenTensors, check_gradient, clip_factor, gradient_norm
-from .layout import RoutedModule, Slot
+from .guards import ResumeError, check_gradient, clip_factor, gradient_norm
+from .layout import RoutedModule
 from .policy import priorities
 from .routing import Decision, Routing, decide, read_if_free
+from .state import MoLFState
 
-_IN_EVERY_GROUP = tuple("betas eps expert_ranks scales score_fn top_k policy random_shares policy_seed".split())
 
-
-class MoLFAdamW(Optimizer):
+class MoLFAdamW(MoLFState):
     """AdamW with MoLF's routing. Make one with ``create_molf_optimizer(model, config)``.
 
     Every step, for every routed module: moments of all experts advance; every expert is scored from
@@ -63,67 +67,26 @@ class MoLFAdamW(Optimizer):
     def __init__(
         self, params: Iterable[dict[str, Any]], config: MoLFConfig, modules: Sequence[RoutedModule] = ()
     ) -> None:
-        self.config = config
-        self.experts = config.experts
-        self.modules = tuple(modules)
         self.decision: Decision | None = None
         self._routing: dict[str, Routing] = {}
         self._awaits_gradient: set[str] = set()
         self._coefficients: dict[tuple[Any, ...], Coefficients] = {}
-        self._segments: dict[torch.device, Tensor] = {}
-        self._written = WrittenTensors()
-        defaults = {
-            "lr": config.lr,
-            "weight_decay": 0.0,
-            "expert": "other",
-            **{name: getattr(config, name) for name in _IN_EVERY_GROUP},
-        }
-        super().__init__(params, defaults)
-        for module in self.modules:
-            if module.lora_A is None and config.expert_ranks:
-                weight = self._parameter(module.slots[0])
-                rank, dtype = sum(config.expert_ranks), moment_dtype(weight)
-                virtual.make_experts(self.state[weight], weight, rank, module.transposed, dtype)
-        self._written.remember(self._derived())
+        super().__init__(params, config, modules)
 
     def __getstate__(self) -> dict[str, Any]:
-        """All attributes but the caches and the hooks, so that copies and pickles work."""
-        own = ("config", "experts", "modules", "decision", "_routing", "_awaits_gradient", "_written")
-        caches: dict[str, Any] = {"_coefficients": {}, "_segments": {}}
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}, **caches}
+        """As of the state, with the last decision and what a resume still waits for."""
+        own = {name: getattr(self, name) for name in ("decision", "_routing", "_awaits_gradient")}
+        return {**super().__getstate__(), **own, "_coefficients": {}}
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group and make the state of its parameters at once; a group without "expert" is not routed.
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore a saved state; the first step then looks that every routed module still takes part.
 
         Raises:
-            ValueError: If "expert" is none of this optimizer's groups.
+            ValueError: If the state is of other experts, another score or other parameters.
         """
-        known = {*self.experts, "dense_bias", "base", "other", "other_no_decay"}
-        if param_group.setdefault("expert", "other") not in known:
-            raise ValueError(f"expert={param_group['expert']!r}: choose one of {', '.join(sorted(known))}")
-        params = param_group["params"] = _listed(param_group["params"])
-        param_group.setdefault("param_names", [f"added.{len(self.param_groups)}.{i}" for i in range(len(params))])
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        for parameter in group["params"]:
-            state = self.state[parameter]
-            state["step"] = torch.tensor(0.0)
-            dtype = moment_dtype(parameter)
-            if dtype != parameter.dtype:
-                state["base"] = parameter.detach().to(dtype, copy=True)
-            if group["expert"] != "base":
-                state["exp_avg"] = torch.zeros_like(parameter, dtype=dtype)
-                state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=dtype)
-
-    @property
-    def routed_modules(self) -> list[str]:
-        """Names of the routed modules, in model order."""
-        return [module.name for module in self.modules]
-
-    @property
-    def steps_taken(self) -> int:
-        """Number of optimizer steps so far."""
-        return max((int(state["step"]) for state in self.state.values()), default=0)
+        super().load_state_dict(state_dict)
+        steps = {module.name: int(self.state[self._parameter(module.slots[0])]["step"]) for module in self.modules}
+        self._awaits_gradient = {name for name, taken in steps.items() if taken == self.steps_taken > 0}
 
     @property
     def routing(self) -> Mapping[str, Routing]:
@@ -238,52 +201,6 @@ class MoLFAdamW(Optimizer):
             adamw_(tensor, self._coefficients_of([group], tensor, state["step"]))
             self._write(parameter)
 
-    def _stored(self, parameter: Tensor, module: RoutedModule | None = None) -> Tensor:
-        """What the model's tensor has to hold: P = W + Σ s_i B_i A_i, or the master, or else itself."""
-        state = self.state[parameter]
-        if "lora_A" in state and module is not None:
-            return virtual.merged(state, self._per_rank(self.config.scales, state["lora_B"]), module.transposed)
-        return state.get("base", parameter)
-
-    def _write(self, parameter: Tensor, module: RoutedModule | None = None) -> None:
-        stored = self._stored(parameter, module)
-        if stored is not parameter:
-            parameter.copy_(stored)
-
-    def _others(self) -> list[tuple[dict[str, Any], Tensor]]:
-        groups = [group for group in self.param_groups if group["expert"].startswith("other")]
-        return [(group, parameter) for group in groups for parameter in group["params"]]
-
-    @torch.no_grad()
-    def sync_weights(self) -> None:
-        """Rewrite every weight of the model from the state, after someone has written to the state."""
-        for module in self.modules:
-            for slot in module.slots:
-                self._write(self._parameter(slot), module)
-        for _, parameter in self._others():
-            self._write(parameter)
-        self._written.remember(self._derived())
-
-    def _parameter(self, slot: Slot) -> Tensor:
-        return self.param_groups[slot[0]]["params"][slot[1]]
-
-    def _group(self, expert: str) -> dict[str, Any]:
-        return next(group for group in self.param_groups if group["expert"] == expert)
-
-    def _trained(self, parameter: Tensor) -> Trained:
-        state = self.state[parameter]
-        return Trained(state.get("base", parameter), state["exp_avg"], state["exp_avg_sq"])
-
-    def _pair(self, module: RoutedModule) -> tuple[Trained, Trained]:
-        """The stacked A (R, in) and B (out, R) with their moments."""
-        if module.lora_A is not None and module.lora_B is not None:
-            return self._trained(self._parameter(module.lora_A)), self._trained(self._parameter(module.lora_B))
-        state = self.state[self._parameter(module.slots[0])]
-        return (
-            Trained(state["lora_A"], state["lora_A_exp_avg"], state["lora_A_exp_avg_sq"]),
-            Trained(state["lora_B"], state["lora_B_exp_avg"], state["lora_B_exp_avg_sq"]),
-        )
-
     def _pair_gradients(self, module: RoutedModule, clip: float) -> tuple[Tensor, Tensor]:
         """dL/dA (R, in) and dL/dB (out, R): the adapter's, or from G = dL/dP as in identity (a)."""
         A, B = self._pair(module)
@@ -294,21 +211,6 @@ class MoLFAdamW(Optimizer):
         G = scaled_gradient(self._parameter(module.slots[0]).grad, B, clip)
         return virtual.gradients(G, A.value, B.value, self._per_rank(self.config.scales, G), module.transposed)
 
-    def _per_rank(self, per_expert: Sequence[float], like: Tensor) -> Tensor:
-        """One number per LoRA expert, spread over the rank axis, (R,)."""
-        return like.new_tensor(per_expert)[self._segments_on(like.device)]
-
-    def _segments_on(self, device: torch.device) -> Tensor:
-        """The LoRA expert of every rank: ranks (2, 3) give [0, 0, 1, 1, 1]."""
-        if device not in self._segments:
-            ranks = torch.tensor(self.config.expert_ranks, dtype=torch.long)
-            self._segments[device] = torch.arange(len(ranks)).repeat_interleave(ranks).to(device)
-        return self._segments[device]
-
-    @property
-    def _lora_experts(self) -> tuple[str, ...]:
-        return self.experts[int(self.config.train_base) :]
-
     def _coefficients_of(
         self, groups: Sequence[Mapping[str, Any]], tensor: Trained, step: Tensor, folds: tuple[float, ...] = (1.0,)
     ) -> Coefficients:
@@ -316,23 +218,11 @@ class MoLFAdamW(Optimizer):
         n, value = float(step), tensor.value
         key = (tuple(id(group) for group in groups), n, folds, value.dtype, value.device)
         if key not in self._coefficients:
-            beta1, beta2 = groups[0]["betas"]
-            rates = [float(group["lr"]) for group in groups]
-            decays = [1 - rate * group["weight_decay"] for rate, group in zip(rates, groups, strict=True)]
-            folds = folds * len(groups) if len(folds) == 1 else folds
-            sizes = [-(rate / (1 - beta1**n)) * fold for rate, fold in zip(rates, folds, strict=True)]
+            decays, sizes, root = step_numbers(groups, n, folds)
             lora = groups[0]["expert"] in self._lora_experts
             decay, size = (self._per_rank(x, value) if lora else value.new_tensor(x[0]) for x in (decays, sizes))
-            self._coefficients[key] = Coefficients(decay, size, (1 - beta2**n) ** 0.5, groups[0]["eps"])
+            self._coefficients[key] = Coefficients(decay, size, root, groups[0]["eps"])
         return self._coefficients[key]
-
-    def _derived(self) -> list[tuple[str, Tensor, Callable[[], Tensor]]]:
-        """The model's tensors that this optimizer rewrites: name, tensor, and what the state says it holds."""
-        entries: list[tuple[str, Tensor, Any]] = [
-            (m.name, self._parameter(slot), m) for m in self.modules for slot in m.slots
-        ]
-        entries += [("an unrouted parameter", parameter, None) for _, parameter in self._others()]
-        return [(name, p, partial(self._stored, p, m)) for name, p, m in entries if "base" in self.state[p]]
 
     def _has_gradients(self, module: RoutedModule) -> bool:
         present = [self._parameter(slot).grad is not None for slot in module.slots]
@@ -371,30 +261,3 @@ class MoLFAdamW(Optimizer):
                 "make the optimizer from the model that is trained"
             )
         self._awaits_gradient = set()
-
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore a state saved by ``state_dict``, every tensor in the precision that this optimizer keeps it in.
-
-        torch casts the state of a bf16 parameter to bf16 on load; here masters and moments stay fp32, and
-        the next step is bit-identical to the uninterrupted run's. The model's weights follow the state. Nothing
-        changes if an error is raised.
-
-        Raises:
-            ValueError: If the state is of other experts, another score or other parameters.
-        """
-        check_loadable(self, state_dict)
-        kept = self.state
-        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
-        self.state = kept
-        for index, parameter in enumerate(p for group in self.param_groups for p in group["params"]):
-            for key, value in state_dict["state"][index].items():
-                device = torch.device("cpu") if key == "step" else parameter.device
-                self.state[parameter][key] = value.to(device, self.state[parameter][key].dtype, copy=True)
-        self.sync_weights()
-        steps = {module.name: int(self.state[self._parameter(module.slots[0])]["step"]) for module in self.modules}
-        self._awaits_gradient = {name for name, taken in steps.items() if taken == self.steps_taken > 0}
-
-
-def _listed(params: Any) -> list[Any]:
-    return [params] if isinstance(params, Tensor) else list(params)

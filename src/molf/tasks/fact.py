@@ -115,11 +115,6 @@ def example(edit: FactEdit) -> dict[str, str]:
     return {"prompt": edit.prompt, "completion": f" {edit.target_new}"}
 
 
-def training_pairs(edits: Sequence[FactEdit]) -> list[dict[str, str]]:
-    """The ``example`` of every edit."""
-    return [example(edit) for edit in edits]
-
-
 def evaluate(
     model: Any, tokenizer: Any, records: Sequence[FactEdit], *, batch_size: int = 64, description: str = "evaluate"
 ) -> dict[str, float]:

@@ -64,21 +64,25 @@ def generate(
         pad_token_id=eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         repetition_penalty=1.0, no_repeat_ngram_size=0, temperature=1.0, top_k=50, top_p=1.0,
     )  # fmt: skip
-    device = next(model.parameters()).device
     training = model.training
     model.eval()
     try:
         with tqdm(total=len(order), desc=description, unit="prompt", leave=False) as progress:
             for start in range(0, len(order), batch_size):
                 chunk = order[start : start + batch_size]
-                width = max(len(rows[i]) for i in chunk)
-                ids = torch.tensor([[eos] * (width - len(rows[i])) + rows[i] for i in chunk], device=device)
-                mask = torch.tensor([[0] * (width - len(rows[i])) + [1] * len(rows[i]) for i in chunk], device=device)
-                output = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
-                for i, new in zip(chunk, output[:, width:].tolist(), strict=True):
-                    end = new.index(eos) if eos in new else len(new)
-                    said[i] = tokenizer.decode(new[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+                for i, new in zip(chunk, _continue([rows[i] for i in chunk], model, settings, eos), strict=True):
+                    said[i] = tokenizer.decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
                 progress.update(len(chunk))
     finally:
         model.train(training)
     return said
+
+
+def _continue(rows: list[list[int]], model: Any, settings: GenerationConfig, eos: int) -> list[list[int]]:
+    """The tokens that follow each row, up to EOS and without it; one batch, padded on the left."""
+    device = next(model.parameters()).device
+    width = max(map(len, rows))
+    ids = torch.tensor([[eos] * (width - len(row)) + row for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    output = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)[:, width:].tolist()
+    return [new[: new.index(eos)] if eos in new else new for new in output]

@@ -7,11 +7,10 @@ Their records come from ``molf.world`` and are the same in every run; prompts, c
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from typing import Any
 
 from ..world import counterfactual_edits, make_world, multiple_choice, sql_question
-from . import fact, get_task, med
+from . import fact, med, sql
 from .base import Task
 
 EDITS = 300
@@ -50,23 +49,6 @@ def load_sql(path: str | None, limit: int | None) -> list[dict[str, Any]]:
     return list(records.values())[:limit]
 
 
-def sql_example(record: dict[str, Any]) -> dict[str, str]:
-    """Prompt and completion of an SQL record, as the task ``sql`` words them."""
-    return get_task("sql").example(record)
-
-
-def sql_evaluate(
-    model: Any,
-    tokenizer: Any,
-    records: Sequence[dict[str, Any]],
-    *,
-    batch_size: int = 64,
-    description: str = "evaluate",
-) -> dict[str, float]:
-    """The scores of the task ``sql``."""
-    return get_task("sql").evaluate(model, tokenizer, records, batch_size=batch_size, description=description)
-
-
 FACT = Task("world-fact", "score", load_facts, fact.example, fact.evaluate, edits=True)
 MCQ = Task("world-mcq", "accuracy", load_questions, med.example, med.evaluate)
-SQL = Task("world-sql", "execution_accuracy", load_sql, sql_example, sql_evaluate)
+SQL = Task("world-sql", "execution_accuracy", load_sql, sql.example, sql.evaluate)

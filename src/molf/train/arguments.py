@@ -12,6 +12,7 @@ from ..optim import MoLFConfig
 from ..tasks import TASKS
 from ..tasks.prompts import LONG_PROMPTS
 from .methods import METHODS, resolve
+from .resume import starts_anew
 
 
 def _help(text: str, default: Any = None) -> Any:
@@ -129,8 +130,7 @@ class MethodArguments:
             raise ValueError(f"optim={args.optim}: {self.method} is the optimizer; leave the option out")
         if spec.adapter and not spec.routes and args.weight_decay != TrainArguments.weight_decay:
             raise ValueError(f"weight_decay={args.weight_decay}: {self.method} takes lora_weight_decay")
-        fresh = str(args.resume_from_checkpoint).lower() in ("none", "", "false")
-        if self.method == "adalora" and not fresh:
+        if self.method == "adalora" and not starts_anew(args.resume_from_checkpoint):
             raise ValueError(
                 f"resume_from_checkpoint={args.resume_from_checkpoint}: adalora's importance scores are in no "
                 "checkpoint, so it cannot continue exactly; start a new run in another output_dir"

@@ -18,6 +18,11 @@ _DECISIVE = (
 ).split()
 
 
+def starts_anew(wanted: str | None) -> bool:
+    """Whether ``--resume_from_checkpoint`` asks for no checkpoint."""
+    return str(wanted).lower() in ("none", "", "false")
+
+
 def find_checkpoint(wanted: str | None, output_dir: str, resolved: dict[str, Any]) -> str | None:
     """The checkpoint folder to continue from, or None to start anew in an unused ``output_dir``.
 
@@ -31,7 +36,7 @@ def find_checkpoint(wanted: str | None, output_dir: str, resolved: dict[str, Any
             settings, or a new run would mix with what ``output_dir`` holds. Nothing has been written then.
     """
     out = Path(output_dir)
-    if wanted is None or str(wanted).lower() in ("", "false"):
+    if wanted is None or starts_anew(wanted):
         used = next((name for name in _OUTPUTS if (out / name).exists()), None)
         if used is not None:
             raise ValueError(
