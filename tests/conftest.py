@@ -29,3 +29,17 @@ def facts(tmp_path_factory):
     path = tmp_path_factory.mktemp("facts") / "facts.json"
     path.write_text(json.dumps(counterfactual_edits(make_world(), 40)))
     return path
+
+
+@pytest.fixture
+def model_without_eos(tmp_path):
+    """The bundled model with a tokenizer that has no end token."""
+    import shutil
+
+    from molf.assets import BUNDLED_MODEL
+
+    folder = tmp_path / "no-eos"
+    shutil.copytree(BUNDLED_MODEL, folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": None}))
+    return folder

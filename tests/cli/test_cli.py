@@ -147,8 +147,11 @@ def test_what_is_refused(tmp_path, config, capsys) -> None:
     assert not (tmp_path / "run" / "run.json").exists()
 
 
-def test_options_that_do_nothing_or_nonsense_are_refused(tmp_path, config, capsys) -> None:
+def test_options_that_do_nothing_or_nonsense_are_refused(tmp_path, config, model_without_eos, capsys) -> None:
     train = ["train", "--config", config, "--output_dir", tmp_path / "run"]
+    assert "has no EOS token: set one with --eos_token" in fails(
+        capsys, *train, "--model_name_or_path", model_without_eos
+    )
     assert "lora_lr=0.1: fft does not use it" in fails(capsys, *train, "--method", "fft", "--lora_lr", "0.1")
     assert "score_fn=pfn: lora does not use it" in fails(capsys, *train, "--method", "lora", "--score_fn", "pfn")
     assert "lora takes lora_weight_decay" in fails(capsys, *train, "--method", "lora", "--weight_decay", "0.5")
@@ -244,4 +247,9 @@ def test_demo_end_to_end(tmp_path, capsys) -> None:
     assert (tmp_path / "molf" / "routing.jsonl").exists()
     assert len(json.loads((tmp_path / "demo.json").read_text())) == 4
     assert "edits" in fails(capsys, "demo", "--edits", "many")
+    (tmp_path / "runs" / "molf").mkdir(parents=True)  # where molf train puts its runs
+    (tmp_path / "runs" / "molf" / "run.json").write_text("{}")
+    assert "is there and not a demo's" in fails(capsys, "demo", "--output_dir", tmp_path / "runs")
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["molf"]
+    assert (tmp_path / "runs" / "molf" / "run.json").exists()
     assert "count=0" in fails(capsys, "demo", "--edits", "0", "--output_dir", tmp_path / "none")

@@ -51,7 +51,9 @@ def test_a_sweep_is_run_once_and_continued(tmp_path: Path, config: Path, capsys)
     assert "fft" in (tmp_path / "out" / "comparison.md").read_text()
 
 
-def test_bad_input_is_one_line_and_starts_nothing(tmp_path: Path, config: Path, capsys) -> None:
+def test_bad_input_is_one_line_and_starts_nothing(
+    tmp_path: Path, config: Path, model_without_eos: Path, capsys
+) -> None:
     def fails(*arguments: object) -> str:
         capsys.readouterr()
         assert main([str(argument) for argument in arguments]) == 2
@@ -65,6 +67,8 @@ def test_bad_input_is_one_line_and_starts_nothing(tmp_path: Path, config: Path, 
     assert "method='full': choose one of" in fails(*compare, "--methods", "molf", "full")
     assert "learning_rte" in fails(*compare, "--learning_rte", "3")
     assert "lora_lr=0.1: fft does not use it" in fails(*compare, "--lora_lr", "0.1")
+    assert "model nowhere/at-all cannot be read" in fails(*compare, "--model_name_or_path", "nowhere/at-all")
+    assert "has no EOS token" in fails(*compare, "--model_name_or_path", model_without_eos)
     assert "workers=0" in fails(*compare, "--workers", "0")
     assert "task='none'" in fails(*compare, "--task", "none")
     assert "task is not given" in fails("compare", "--methods", "fft")
@@ -75,6 +79,15 @@ def test_bad_input_is_one_line_and_starts_nothing(tmp_path: Path, config: Path, 
     assert "must hold a mapping" in fails("compare", "--config", _text(tmp_path / "list.yaml", "- 1"))
     assert "is not YAML" in fails("compare", "--config", _text(tmp_path / "broken.yaml", "a: [1"))
     assert not (tmp_path / "out").exists()
+
+
+def test_no_run_that_ends_well_is_an_error_and_its_results_are_json(tmp_path: Path, config: Path, capsys) -> None:
+    broken = _with(config, methods=["molf"], per_method={"molf": {"report_to": "wandb"}})
+    assert main(["compare", "--config", str(broken)]) == 2
+    assert "none of 1 runs ended well, the first because of: the trainer cannot be made" in capsys.readouterr().err
+    text = (tmp_path / "out" / "results.json").read_text()
+    assert json.loads(text)["rows"][0]["learning_rate"] is None
+    assert "NaN" not in text
 
 
 def _with(config: Path, **change: object) -> Path:

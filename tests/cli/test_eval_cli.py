@@ -159,13 +159,10 @@ def test_bad_adapters(tmp_path, capsys, adapter: Path) -> None:
         assert message in refused(capsys, "--model", folder, *MCQ)
 
 
-def test_a_tokenizer_without_end(tmp_path, capsys) -> None:
+def test_a_tokenizer_without_end(tmp_path, model_without_eos, capsys) -> None:
     """A task that generates refuses it or is told one; a task that only scores needs none."""
-    folder = tmp_path / "model"
-    shutil.copytree(BUNDLED_MODEL, folder)
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": None}))
+    folder = model_without_eos
     assert "no EOS token" in refused(capsys, "--model", folder, *MCQ)
-    report = evaluated(tmp_path / "m.json", "--model", folder, *MCQ, "--eos_token", config["eos_token"])
+    report = evaluated(tmp_path / "m.json", "--model", folder, *MCQ, "--eos_token", "<|endoftext|>")
     assert report["metrics"]["invalid_answers"] == 0
     assert "score" in evaluated(tmp_path / "m.json", "--model", folder, "--task", "world-fact")["metrics"]

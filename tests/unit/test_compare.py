@@ -3,8 +3,13 @@
 import json
 import math
 import multiprocessing
+import os
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -104,7 +109,7 @@ def test_a_plan_names_runs_by_what_they_are(tmp_path: Path) -> None:
         sweep.plan(["fft"], [1e-3], [0], COMMON, {"lora": {}})
 
 
-def _counting(run: sweep.Run, folder: Path, threads: int, keep_models: bool) -> None:
+def _counting(run: sweep.Run, folder: Path, threads: int, keep_models: bool, lock: IO[str]) -> None:
     with (folder / "executed.txt").open("a") as file:
         file.write(f"{run.key}\n")
     time.sleep(0.05)
@@ -134,3 +139,36 @@ def test_processes_share_a_folder_and_nothing_runs_twice(tmp_path: Path) -> None
     assert len(results) == 12
     assert {r["threads"] for r in results} == {2}
     assert json.loads((tmp_path / "results" / f"{executed[0]}.json").read_text())["status"] == "done"
+
+
+ORPHAN = """
+import sys
+from pathlib import Path
+from molf.train import sweep
+sys.executable = sys.argv[2]
+sweep.run_sweep(sweep.plan(["fft"], [1e-3], [0], {"task": "t"}, {}), Path(sys.argv[1]), workers=1, threads=1)
+"""
+
+
+def test_a_run_that_outlives_its_killed_sweep_keeps_its_claim(tmp_path: Path) -> None:
+    """After kill -9 of the sweep alone, nobody else starts the run that still goes on; once it has ended, they may."""
+    child = tmp_path / "child.sh"
+    child.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nexec sleep 60\n")
+    child.chmod(0o755)
+    parent = subprocess.Popen([sys.executable, "-c", ORPHAN, str(tmp_path), str(child)], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text().strip()):
+        assert time.monotonic() < deadline, "the run was not started"
+        time.sleep(0.05)
+    parent.kill()
+    parent.wait()
+    (run,) = sweep.plan(["fft"], [1e-3], [0], {"task": "t"}, {})
+    with sweep._claim(tmp_path, run) as lock:
+        assert lock is None
+    os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+    while time.monotonic() < deadline:
+        with sweep._claim(tmp_path, run) as lock:
+            if lock is not None:
+                return
+        time.sleep(0.05)
+    pytest.fail("the claim was never given up")

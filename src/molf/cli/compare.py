@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import tempfile
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ import yaml
 from ..report.compare import RULE, Row, markdown, summarise, verdict
 from ..tasks import get_task
 from ..train.files import write_json
+from ..train.run import load_training_tokenizer
 from ..train.sweep import Run, plan, read_results, run_sweep
 from .parser import Parser
 from .train import parse
@@ -32,7 +34,7 @@ def run(argv: Sequence[str]) -> None:
     """Sweep what has no result yet, then write results.json, comparison.md and the verdict.
 
     Raises:
-        ValueError: For bad options; nothing is run then.
+        ValueError: For bad options, and nothing is run then; or if no run ended well.
     """
     options, common, per_method = _options(argv)
     task = get_task(str(common.get("task")))
@@ -57,16 +59,18 @@ def run(argv: Sequence[str]) -> None:
             name = f"{arguments['method']} at {arguments['learning_rate']:g}, seed {arguments['seed']}"
             print(f"{result['status']}: {name}: {result['error']}")
     print(f"\n{text}\nresults: {folder}")
+    if all(result["status"] != "done" for result in results):
+        raise ValueError(f"none of {len(results)} runs ended well, the first because of: {results[0]['error']}")
 
 
 def _check(runs: Sequence[Run]) -> None:
-    """Parse the options of every method as ``molf train`` will, so that a typo stops the sweep before its first run."""
+    """Look at every method's options and tokenizer as ``molf train`` will: a typo stops the sweep before it starts."""
     firsts = {(run.method, run.learning_rate): run for run in runs}
     with tempfile.TemporaryDirectory() as folder:
         for run in firsts.values():
             path = Path(folder) / "train.yaml"
             path.write_text(yaml.safe_dump(run.arguments))
-            parse(["--config", str(path)])
+            load_training_tokenizer(*parse(["--config", str(path)]))
 
 
 def _options(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any], dict[str, dict[str, Any]]]:
@@ -127,4 +131,8 @@ def _pairs(words: Sequence[str]) -> dict[str, Any]:
 
 
 def _plain(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    return [vars(row) for row in rows]
+    """The rows for JSON, which has no NaN: null where a method has no result."""
+    return [
+        {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in vars(row).items()}
+        for row in rows
+    ]

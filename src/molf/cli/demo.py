@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from ..assets import BUNDLED_MODEL
+from ..train.files import write_json
 from ..world import counterfactual_edits, make_world
 from .parser import Parser
 
@@ -49,6 +50,14 @@ def run(argv: Sequence[str]) -> None:
     if options.epochs < 1:
         raise ValueError(f"--epochs {options.epochs}: must be at least 1")
     edits = counterfactual_edits(make_world(), options.edits, options.seed)
+    again = (options.output_dir / "demo.json").exists() or (options.output_dir / "edits.json").exists()
+    for method in options.methods:
+        out = options.output_dir / method
+        if out.exists() and not again:
+            raise ValueError(
+                f"--output_dir {options.output_dir}: {out} is there and not a demo's; choose another folder"
+            )
+        shutil.rmtree(out, ignore_errors=True)  # an earlier demo's
     options.output_dir.mkdir(parents=True, exist_ok=True)
     data = options.output_dir / "edits.json"
     data.write_text(json.dumps(edits, indent=1))
@@ -59,8 +68,6 @@ def run(argv: Sequence[str]) -> None:
     results = []
     for method in options.methods:
         out = options.output_dir / method
-        if (out / "run.json").exists():
-            shutil.rmtree(out)  # an earlier demo's
         print(f"\n== {method}: molf train --config {config} --method {method} {' '.join(METHODS[method])}", flush=True)
         command = [sys.executable, "-m", "molf", "train", "--config", str(config), "--method", method]
         done = subprocess.run([*command, *METHODS[method], "--output_dir", str(out)], stdout=subprocess.PIPE, text=True)
@@ -68,7 +75,7 @@ def run(argv: Sequence[str]) -> None:
             raise ChildProcessError(f"{method} ended with status {done.returncode}; its error is above")
         print(done.stdout.split("\n{")[0])
         results.append(json.loads((out / "metrics.json").read_text()))
-    (options.output_dir / "demo.json").write_text(json.dumps(results, indent=2) + "\n")
+    write_json(options.output_dir / "demo.json", results)
     print("\n" + table(results))
     print(f"\nmodels, metrics and routing logs: {options.output_dir}")
 

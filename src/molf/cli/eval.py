@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 
 from ..tasks import TASKS, get_task
 from ..train.files import write_json
-from ..train.load import load_trained, versions
+from ..train.load import load_trained, naming, versions
 from .parser import Parser
 
 DESCRIPTION = """The metrics of a task, for a transformers folder, a hub id or a PEFT adapter.
@@ -35,10 +36,8 @@ def run(argv: Sequence[str]) -> None:
     records = task.load(options.dataset_path, options.max_examples)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     hub = {"revision": options.model_revision, "trust_remote_code": options.trust_remote_code}
-    try:
+    with naming(options.model):
         model, tokenizer = load_trained(options.model, options.dtype, options.eos_token, **hub)
-    except (ValueError, OSError) as error:  # those of the hub do not always say which model it was
-        raise ValueError(f"model {options.model} cannot be read: {error}") from error
     device = None if options.use_cpu else torch.accelerator.current_accelerator(check_available=True)
     model = model.to(device or "cpu").eval()
     metrics = task.evaluate(model, tokenizer, records, batch_size=options.batch_size)
@@ -102,4 +101,8 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
             raise ValueError(f"{name}={value}: must be at least 1")
     if options.output is not None and options.output.is_dir():
         raise ValueError(f"output={options.output} is a folder: name a file")
+    if options.output is not None:
+        there = next(folder for folder in options.output.absolute().parents if folder.exists())
+        if not os.access(there, os.W_OK):
+            raise ValueError(f"output={options.output}: {there} is not writable; name another folder")
     return options

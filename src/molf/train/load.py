@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +20,19 @@ from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 _PACKAGES = ("molf", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
+
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Say which model it was, where an error of the hub's client or of transformers does not.
+
+    Raises:
+        ValueError: In place of a ValueError or OSError, with the name in front.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise ValueError(f"model {name} cannot be read: {error}") from error
 
 
 def load_tokenizer(name: str, eos_token: str | None = None, **hub: Any) -> Any:

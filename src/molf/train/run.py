@@ -28,7 +28,7 @@ from .arguments import MethodArguments, TrainArguments
 from .callbacks import PlanCallback, RoutingCallback
 from .data import fit_examples, load_data
 from .files import write_json
-from .load import load_model, load_tokenizer, versions
+from .load import load_model, load_tokenizer, naming, versions
 from .methods import METHODS, Adapted
 from .resume import find_checkpoint
 
@@ -58,7 +58,9 @@ def train(method: MethodArguments, args: TrainArguments) -> dict[str, Any]:
     dataset, scored = load_data(task, method)
     memory = _PeakMemory()
     set_seed(args.seed)
-    model, tokenizer = _load(method, args)
+    tokenizer = load_training_tokenizer(method, args)
+    with naming(method.model_name_or_path):
+        model = load_model(method.model_name_or_path, method.dtype, **_hub(method, args))
     dataset, cut = _fit(task, dataset, scored, model, tokenizer, method, args.max_length)
     adapted = Adapted(model, method.method, config) if spec.saves_adapter(config) else None
     adalora = AdaLoraCallback()
@@ -123,14 +125,22 @@ def _mean_loss(history: Sequence[dict[str, Any]], fallback: float) -> float:
     return sum(loss * n for (_, loss), n in zip(logged, steps, strict=True)) / total if total else fallback
 
 
-def _load(method: MethodArguments, args: TrainArguments) -> tuple[Any, Any]:
-    """Model and tokenizer; a tokenizer without end token cannot teach when to stop."""
+def load_training_tokenizer(method: MethodArguments, args: TrainArguments) -> Any:
+    """The model's tokenizer.
+
+    Raises:
+        ValueError: If it cannot be read, or has no end token, without which it cannot teach when to stop.
+    """
     name = method.model_name_or_path
-    hub = {"revision": method.model_revision, "trust_remote_code": args.trust_remote_code}
-    tokenizer = load_tokenizer(name, args.eos_token, **hub)
+    with naming(name):
+        tokenizer = load_tokenizer(name, args.eos_token, **_hub(method, args))
     if tokenizer.eos_token is None:
         raise ValueError(f"the tokenizer of {name} has no EOS token: set one with --eos_token")
-    return load_model(name, method.dtype, **hub), tokenizer
+    return tokenizer
+
+
+def _hub(method: MethodArguments, args: TrainArguments) -> dict[str, Any]:
+    return {"revision": method.model_revision, "trust_remote_code": args.trust_remote_code}
 
 
 def _fit(

@@ -2,7 +2,7 @@
 
 A result is named by a hash of its resolved configuration, so a sweep that was interrupted goes on where it stopped,
 a finished run is never run again, and several processes may share one folder: a run is claimed by a file lock, which
-the system releases even when its holder is killed.
+the system releases when the sweep and the run that it started have ended, however they end.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 from tqdm import tqdm
@@ -109,10 +109,10 @@ def run_sweep(runs: Sequence[Run], folder: Path, *, workers: int, threads: int, 
 
         def work(run: Run) -> None:
             while not _result(folder, run).exists():
-                with _claim(folder, run) as mine:
-                    if mine and not _result(folder, run).exists():
-                        _execute(run, folder, max(1, threads // workers), keep_models)
-                if not mine:
+                with _claim(folder, run) as lock:
+                    if lock is not None and not _result(folder, run).exists():
+                        _execute(run, folder, max(1, threads // workers), keep_models, lock)
+                if lock is None:
                     time.sleep(1)  # another process has it
             progress.update()
 
@@ -130,17 +130,19 @@ def _result(folder: Path, run: Run) -> Path:
 
 
 @contextmanager
-def _claim(folder: Path, run: Run) -> Iterator[bool]:
+def _claim(folder: Path, run: Run) -> Iterator[IO[str] | None]:
+    """The run's lock, held until it is closed here and in every process that has it; None if someone else has it."""
     with (folder / "results" / f"{run.key}.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            yield False
+            yield None
             return
-        yield True
+        yield lock
 
 
-def _execute(run: Run, folder: Path, threads: int, keep_models: bool) -> None:
+def _execute(run: Run, folder: Path, threads: int, keep_models: bool, lock: IO[str]) -> None:
+    """Train in a process of its own, which holds the lock as well: it may live on where this one is killed."""
     out = folder / "runs" / run.key
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
@@ -150,7 +152,7 @@ def _execute(run: Run, folder: Path, threads: int, keep_models: bool) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     start = time.time()
     with (out / "log.txt").open("w") as log:
-        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, pass_fds=[lock.fileno()])
     result: dict[str, Any] = {"key": run.key, "arguments": run.arguments, "wall_seconds": time.time() - start}
     if done.returncode == 0:
         result |= {"status": "done", "metrics": json.loads((out / "metrics.json").read_text())}
