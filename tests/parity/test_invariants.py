@@ -8,7 +8,7 @@ from golden import MLP
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from molf import MoLFAdamW, MoLFConfig, create_molf_optimizer, molf_lora_config
+from molf import MoLFAdamW, MoLFConfig, NonFiniteGradientError, create_molf_optimizer, molf_lora_config
 from molf.optim.reference import MoLFAdamWReference, superpose
 
 LAYERS = ["fc1", "fc2"]
@@ -171,18 +171,28 @@ def test_loser_keeps_its_bits_and_winner_moves() -> None:
     assert len(seen) == 8, f"not every expert has won and lost: {sorted(seen)}"
 
 
-def test_without_reading_the_winners_the_masks_give_the_same_bits(monkeypatch) -> None:
-    """The path of accelerators, where the winners stay on the device and losers are masked instead of skipped."""
-    config = MoLFConfig(expert_ranks=(2, 2, 4), top_k=2, lr=2e-4, lora_lr=2e-3, lora_alpha=1.0)
-    read = MLP()
-    masked = copy.deepcopy(read)
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_behind_the_gate_of_accelerators_the_bits_are_the_same(monkeypatch, clip: float | None) -> None:
+    """Where whether all gradients are finite is known with the winners only, moments advance behind a gate."""
+    config = MoLFConfig(expert_ranks=(2, 2, 4), top_k=2, lr=2e-4, lora_lr=2e-3, lora_alpha=1.0, max_grad_norm=clip)
+    known = MLP()
+    gated = copy.deepcopy(known)
     torch.manual_seed(1)
-    first = create_molf_optimizer(read, config)
+    first = create_molf_optimizer(known, config)
     torch.manual_seed(1)
-    second = create_molf_optimizer(masked, config)
-    winners = train(read, first)
-    monkeypatch.setattr("molf.optim.molf_adamw.read_if_free", lambda winners: None)
-    assert winners == train(masked, second)
-    equal(read, masked)
+    second = create_molf_optimizer(gated, config)
+    winners = train(known, first)
+    monkeypatch.setattr("molf.optim.guards.on_host", lambda values: False)
+    assert winners == train(gated, second)
+    equal(known, gated)
     states = zip(first.state.values(), second.state.values(), strict=True)
     assert all(torch.equal(a[key], b[key]) for a, b in states for key in a)
+    before = copy.deepcopy(second.state_dict())
+    for parameter in gated.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    gated.fc2.weight.grad[1, 2] = torch.inf
+    with pytest.raises(NonFiniteGradientError, match="fc2"):
+        second.step()
+    equal(known, gated)
+    after = second.state_dict()
+    assert all(torch.equal(s[key], after["state"][i][key]) for i, s in before["state"].items() for key in s)

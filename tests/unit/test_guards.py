@@ -101,7 +101,7 @@ def test_a_frozen_bias_stays_frozen() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_changed_behind_the_optimizer_are_not_overwritten(dtype: torch.dtype) -> None:
     model = causal_lm("llama", dtype)
-    optimizer = create_molf_optimizer(model, TWO)
+    optimizer = create_molf_optimizer(model, MoLFConfig(expert_ranks=(2,), policy="fixed-lora"))
     lm_step(model, optimizer, 0)
     saved = copy.deepcopy(model.state_dict())
     model.load_state_dict(saved)  # the same content: nothing is wrong
@@ -115,6 +115,19 @@ def test_weights_changed_behind_the_optimizer_are_not_overwritten(dtype: torch.d
     optimizer.zero_grad()
     optimizer.sync_weights()
     lm_step(model, optimizer, 2)
+
+
+def test_weights_loaded_before_a_lora_expert_won_are_taken() -> None:
+    """W is the weight itself until then: there is no other copy that the step could return to."""
+    model, other = causal_lm("llama"), causal_lm("llama")
+    optimizer = create_molf_optimizer(model, MoLFConfig(expert_ranks=(2,), policy="fixed-dense"))
+    lm_step(model, optimizer, 0)
+    weight = model.model.layers[0].mlp.up_proj.weight
+    assert optimizer.state[weight]["base"].data_ptr() == weight.data_ptr()
+    model.load_state_dict(other.state_dict())
+    lm_step(model, optimizer, 1)
+    assert torch.equal(optimizer.state[weight]["base"], weight)
+    assert not torch.equal(weight, other.model.layers[0].mlp.up_proj.weight)
 
 
 def test_loading_a_state_brings_the_weights_with_it() -> None:

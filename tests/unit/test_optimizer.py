@@ -11,7 +11,7 @@ from torch import nn
 from models import causal_lm, lm_step
 from molf import MoLFConfig, NonFiniteGradientError, create_molf_optimizer, molf_lora_config, read_routing
 from molf.optim import RoutingRecorder
-from molf.optim.routing import Decision
+from molf.optim import routing as routing_module
 
 
 def small() -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -157,8 +157,8 @@ def test_sync_weights_follows_the_state() -> None:
 
 def test_recorder_writes_one_record_per_step_in_full_precision(tmp_path, monkeypatch) -> None:
     model, optimizer = small()
-    copies, to_host = [], Decision.to_host
-    monkeypatch.setattr(Decision, "to_host", lambda self: copies.append(1) or to_host(self))
+    copies, to_host = [], routing_module.to_host
+    monkeypatch.setattr(routing_module, "to_host", lambda rows: copies.append(1) or to_host(rows))
     recorder = RoutingRecorder(optimizer, tmp_path / "routing.jsonl")
     seen = []
     for step in range(4):

@@ -1,28 +1,30 @@
-"""The elementwise arithmetic: moments, scores, update. Pure functions of tensors.
+"""The elementwise arithmetic: moments with score, and the update. Pure functions of tensors.
 
 Symbols, here and in the whole package: θ a parameter, g its gradient, m and v its first and second
 moment (``exp_avg``, ``exp_avg_sq``), η the learning rate, λ the weight decay, n the step count.
 Every operation is in the order of ``torch.optim.AdamW``'s single-tensor path, so that with one
-expert the result is that optimizer's, bit for bit.
+expert the result is that optimizer's, bit for bit. ``passes.py`` runs these functions over many tensors,
+as they stand or compiled.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .quantized import as_float
 
-@dataclass(frozen=True)
-class Trained:
-    """A trained tensor with its moments: all of one shape, dtype and device."""
+
+class Trained(NamedTuple):
+    """A trained tensor and its moments, all of one shape; ``store``, if there is one, takes the value, rounded."""
 
     value: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
+    store: Tensor | None = None
 
 
 class Coefficients(NamedTuple):
@@ -31,43 +33,41 @@ class Coefficients(NamedTuple):
     Attributes:
         decay: 1 - ηλ.
         step_size: -η / (1-β1ⁿ).
-        root_correction: √(1-β2ⁿ).
+        root_correction: √(1-β2ⁿ), 0-dimensional.
         eps: ε.
     """
 
     decay: Tensor
     step_size: Tensor
-    root_correction: float
+    root_correction: Tensor
     eps: float
 
     def by_row(self) -> Coefficients:
-        """The same numbers along the rows of a matrix instead of its columns."""
+        """Numbers per rank as a column, for a matrix whose rows are the ranks."""
         return self._replace(decay=self.decay[:, None], step_size=self.step_size[:, None])
+
+
+class Tracking(NamedTuple):
+    """What the moments and the score need beside the tensors.
+
+    Attributes:
+        betas: β1, β2.
+        eps: ε.
+        score_fn: "epd" or "pfn".
+        clip: The clipping factor, broadcastable to the gradient; None does not clip.
+        gate: Bool, 0-dimensional: false leaves the moments as they are. None is true.
+    """
+
+    betas: tuple[float, float]
+    eps: float
+    score_fn: str
+    clip: Tensor | None = None
+    gate: Tensor | None = None
 
 
 def moment_dtype(parameter: Tensor) -> torch.dtype:
     """The dtype of a parameter's moments: fp32 if it is in a 16-bit format, else its own."""
     return torch.float32 if parameter.dtype in (torch.bfloat16, torch.float16) else parameter.dtype
-
-
-def new_state(parameter: Tensor, *, moments: bool) -> dict[str, Tensor]:
-    """``step``, ``base`` (a 16-bit parameter's fp32 master) and, with ``moments``, ``exp_avg`` and ``exp_avg_sq``."""
-    dtype = moment_dtype(parameter)
-    state = {"step": torch.tensor(0.0)}
-    if dtype != parameter.dtype:
-        state["base"] = parameter.detach().to(dtype, copy=True)
-    if moments:
-        state["exp_avg"] = torch.zeros_like(parameter, dtype=dtype)
-        state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=dtype)
-    return state
-
-
-def scaled_gradient(grad: Tensor | None, tensor: Trained, clip: float) -> Tensor:
-    """The gradient in the dtype of the moments, times the clipping factor."""
-    if grad is None:
-        raise RuntimeError("a gradient disappeared during the step")
-    grad = grad.to(tensor.exp_avg.dtype)
-    return grad if clip == 1.0 else grad * clip
 
 
 def step_numbers(
@@ -88,38 +88,82 @@ def step_numbers(
     return decays, sizes, (1 - beta2**n) ** 0.5
 
 
-def update_moments_(tensor: Trained, grad: Tensor, betas: tuple[float, float]) -> None:
-    """Advance the moments:  m ← m + (1-β1)(g - m),  v ← β2 v + (1-β2) g².  Source: arXiv:2605.07111, Eqs. 2-3."""
-    beta1, beta2 = betas
-    tensor.exp_avg.lerp_(grad, 1 - beta1)
-    tensor.exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+def update_moments_(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, t: Tracking) -> tuple[Tensor, Tensor]:
+    """Advance the moments in place:  m ← m + (1-β1)(g - m),  v ← β2 v + (1-β2) g².
+
+    Returns them as plain tensors, which they are already unless they are kept in 8 bits.
+
+    Source: arXiv:2605.07111, Eqs. 2-3.
+    """
+    beta1, beta2 = t.betas
+    m, v = as_float(exp_avg), as_float(exp_avg_sq)
+    grad = grad.to(m.dtype)
+    if t.clip is not None:
+        grad = grad * t.clip
+    if t.gate is not None:
+        m.copy_(torch.where(t.gate, m.lerp(grad, 1 - beta1), m))
+        v.copy_(torch.where(t.gate, v.mul(beta2).addcmul_(grad, grad, value=1 - beta2), v))
+    else:
+        m.lerp_(grad, 1 - beta1)
+        v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    if m is not exp_avg:
+        exp_avg.copy_(m)
+        exp_avg_sq.copy_(v)
+    return m, v
 
 
-def score_terms(tensor: Trained, eps: float, score_fn: str) -> Tensor:
-    """What the score of an expert sums over its elements, of the shape of the tensor.
+def track_(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, t: Tracking) -> Tensor:
+    """Advance the moments and sum what the score of an expert sums over its elements, along the last dimension.
 
-    "epd": m² / (√v + ε);  "pfn": (m / (√v + ε))²;  both of the moments without bias correction.
+    "epd": m² / (√v + ε);  "pfn": (m / (√v + ε))²;  of the new moments, without bias correction.
+
+    Args:
+        grad: g, of the moments' shape and any floating dtype.
+        exp_avg: m, in place.
+        exp_avg_sq: v, in place.
+        t: The numbers.
 
     Source: arXiv:2605.07111, section 4.3.
     """
-    root = tensor.exp_avg_sq.sqrt().add_(eps)
-    if score_fn == "epd":
-        return tensor.exp_avg.square().div_(root)
-    return torch.div(tensor.exp_avg, root, out=root).square_()
+    m, v = update_moments_(grad, exp_avg, exp_avg_sq, t)
+    root = v.sqrt().add_(t.eps)
+    terms = m.square().div_(root) if t.score_fn == "epd" else torch.div(m, root).square_()
+    return terms.sum(-1)
 
 
-def adamw_(tensor: Trained, c: Coefficients, winner: Tensor | None = None) -> None:
+def adamw_(
+    value: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, store: Tensor | None, winner: Tensor | None, c: Coefficients
+) -> None:
     """AdamW with decoupled weight decay:  θ ← (1 - ηλ) θ - η/(1-β1ⁿ) · m / (√v / √(1-β2ⁿ) + ε).
 
     Args:
-        tensor: What to update, in place.
-        c: The coefficients.
-        winner: Bool, broadcastable to the tensor; where it is false θ keeps its bits. None: all win.
+        value: θ, in place.
+        exp_avg: m.
+        exp_avg_sq: v.
+        store: Takes the result, rounded to its dtype, if there is one.
+        winner: Bool, broadcastable to θ; where it is false θ keeps its bits. None: all win.
+        c: The coefficients, broadcastable to θ.
     """
-    denominator = (tensor.exp_avg_sq.sqrt() / c.root_correction).add_(c.eps)
-    update = torch.div(tensor.exp_avg * c.step_size, denominator, out=denominator)
+    m, v = as_float(exp_avg), as_float(exp_avg_sq)
+    denominator = (v.sqrt() / c.root_correction).add_(c.eps)
+    update = (m * c.step_size).div_(denominator)
     if winner is None:
-        tensor.value.mul_(c.decay).add_(update)
+        value.mul_(c.decay).add_(update)
     else:
-        update.add_(tensor.value * c.decay)
-        torch.where(winner, update, tensor.value, out=tensor.value)
+        update.add_(value * c.decay)
+        value.copy_(torch.where(winner, update, value))
+    if store is not None:
+        store.copy_(value)
+
+
+def unrouted_(
+    value: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    store: Tensor | None,
+    grad: Tensor,
+    numbers: tuple[Tracking, Coefficients],
+) -> None:
+    """The whole step of a tensor that is not routed: moments, then AdamW."""
+    update_moments_(grad, exp_avg, exp_avg_sq, numbers[0])
+    adamw_(value, exp_avg, exp_avg_sq, store, None, numbers[1])

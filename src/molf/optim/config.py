@@ -66,6 +66,15 @@ class MoLFConfig:
         "Clip the global gradient norm, virtual LoRA gradients included, to this; None does not clip.", None
     )
     lora_dropout: float = _help("Dropout on the input of the LoRA experts; needs a PEFT adapter.", 0.0)
+    compile: bool | str = _help(
+        "Compile the optimizer's elementwise passes: True, False, or 'auto' for models where it pays.", "auto"
+    )
+    keep_base: bool = _help(
+        "Keep W in the state where it differs from the weight P; False computes W = P - Σ s B A when it is needed, and "
+        "rounds bf16 weights, which then have no fp32 master, stochastically.",
+        True,
+    )
+    moments_8bit: bool = _help("Keep the moments in 8 bits (torchao).", False)
     train_other: bool | None = _help(
         "Train what is not routed; None means yes with a dense expert and no without one.", None
     )
@@ -84,7 +93,9 @@ class MoLFConfig:
             value = getattr(self, name)
             if not _is_number(value) and not (name == "max_grad_norm" and value is None):
                 raise ValueError(f"{name}={value!r}: must be a number (in YAML write 5.0e-5, not 5e-5)")
-        for name in ("train_base", "use_rslora", "train_other"):
+        if self.compile != "auto" and not isinstance(self.compile, bool):
+            raise ValueError(f"compile={self.compile!r}: choose True, False or 'auto'")
+        for name in ("train_base", "use_rslora", "keep_base", "moments_8bit", "train_other"):
             value = getattr(self, name)
             if not isinstance(value, bool) and not (name == "train_other" and value is None):
                 raise ValueError(f"{name}={value!r}: must be True or False")

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .adamw import moment_dtype
+from .scalars import stack
 
 
 class NonFiniteGradientError(ArithmeticError):
@@ -27,21 +31,25 @@ class WrittenTensors:
     def __init__(self) -> None:
         self._versions: list[tuple[int, int]] = []
 
-    def remember(self, tensors: Sequence[tuple[str, Tensor, Callable[[], Tensor]]]) -> None:
-        """Take the tensors as they are now: name, tensor, and the state's idea of its content."""
-        self._versions = [(id(tensor), tensor._version) for _, tensor, _ in tensors]
+    def remember(self, tensors: Iterable[Tensor]) -> None:
+        """Take the tensors as they are now."""
+        self._versions = [(id(tensor), tensor._version) for tensor in tensors]
 
-    def check(self, tensors: Sequence[tuple[str, Tensor, Callable[[], Tensor]]]) -> None:
+    def check(self, tensors: Iterable[Tensor], derived: Callable[[], Iterable[tuple[str, Tensor, Tensor]]]) -> None:
         """Raise if a tensor no longer holds what the state says.
+
+        Args:
+            tensors: As they were remembered.
+            derived: Name, tensor and what it has to hold, of each; asked for only if a counter moved.
 
         Raises:
             RuntimeError: Naming the tensor; the step would have undone the change.
         """
-        now = [(id(tensor), tensor._version) for _, tensor, _ in tensors]
+        now = [(id(tensor), tensor._version) for tensor in tensors]
         if now == self._versions:
             return
-        for name, tensor, content in tensors:
-            if not torch.equal(content().to(tensor.dtype), tensor):
+        for name, tensor, content in derived():
+            if not torch.equal(content.to(tensor.dtype), tensor):
                 raise RuntimeError(
                     f"{name} was changed since the optimizer was made, and the step would undo that: load weights "
                     "before making the optimizer, or call sync_weights() to return to the optimizer's state"
@@ -49,7 +57,7 @@ class WrittenTensors:
         self._versions = now
 
 
-def check_gradient(name: str, parameter: Tensor, state: dict[str, Any]) -> None:
+def check_gradient(name: str, parameter: Tensor, state: dict[str, Any], keep_base: bool) -> None:
     """Refuse a gradient that has no moments, and a parameter whose dtype is no longer that of its moments.
 
     Raises:
@@ -58,39 +66,79 @@ def check_gradient(name: str, parameter: Tensor, state: dict[str, Any]) -> None:
     """
     if parameter.grad is not None and parameter.grad.is_sparse:
         raise ValueError(f"{name} has a sparse gradient, which has no moments: make its layer with sparse=False")
-    if "base" not in state and state["exp_avg"].dtype != parameter.dtype:
+    if "base" in state or "exp_avg" not in state:
+        return
+    dtype = moment_dtype(parameter)
+    if state["exp_avg"].dtype != dtype or (keep_base and parameter.dtype != dtype):
         raise RuntimeError(f"{name} is {parameter.dtype} now: convert the model before its optimizer is made")
 
 
-def gradient_norm(grad: Tensor) -> Tensor:
-    """L2 norm, accumulated in fp32 at least; 0-dimensional."""
-    return torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32))
+@dataclass(frozen=True)
+class GradientCheck:
+    """What is known of all gradients before a step.
 
-
-def clip_factor(norms: Sequence[tuple[str, Tensor, bool]], limit: float | None) -> float:
-    """min(1, c / (n + 1e-6)) with n the root of the sum of squared norms; 1 without a limit c.
-
-    Reads all norms in one device-to-host copy.
-
-    Args:
-        norms: Name, norm, and whether it counts in n, of every gradient.
-        limit: c, the largest n that is left alone.
-
-    Raises:
-        NonFiniteGradientError: Naming the first gradient that is not finite.
+    Attributes:
+        names: Of the gradients that were looked at.
+        values: A number of each that is finite if and only if the gradient is, on the first one's device.
+        clip: The clipping factor, 0-dimensional; None does not clip.
+        gate: On an accelerator whether all values are finite, 0-dimensional; None on the CPU, where that is known.
     """
-    if not norms:
-        return 1.0
-    device = norms[0][1].device
-    values = torch.stack([norm.to(device) for _, norm, _ in norms]).tolist()
-    broken = [name for (name, _, _), value in zip(norms, values, strict=True) if not math.isfinite(value)]
-    if broken:
+
+    names: tuple[str, ...]
+    values: Tensor
+    clip: Tensor | None
+    gate: Tensor | None
+
+    def on(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+        """``clip`` and ``gate`` for tensors of this device and dtype."""
+        clip = None if self.clip is None else self.clip.to(device, dtype)
+        return clip, None if self.gate is None else self.gate.to(device)
+
+    def raise_if_broken(self, finite: bool) -> None:
+        """Raise unless ``finite``.
+
+        Raises:
+            NonFiniteGradientError: Naming the first gradient that is not.
+        """
+        if finite:
+            return
+        broken = [
+            name for name, value in zip(self.names, self.values.tolist(), strict=True) if not math.isfinite(value)
+        ]
         more = f" (and of {len(broken) - 1} more)" if len(broken) > 1 else ""
         raise NonFiniteGradientError(
             f"the gradient of {broken[0]}{more} or its norm is not finite; nothing was updated. Lower the learning "
             "rate, clip with max_grad_norm, or look at this batch"
         )
+
+
+def check_gradients(grads: Sequence[tuple[str, Tensor]], limit: float | None) -> GradientCheck:
+    """Look at all gradients: sums of their elements, or with a limit c their norms and min(1, c / (‖g‖ + 1e-6)).
+
+    Args:
+        grads: Name and gradient.
+        limit: c, the largest total norm ‖g‖ that is left alone.
+
+    Raises:
+        NonFiniteGradientError: On the CPU, if a gradient is not finite; elsewhere ``gate`` will tell.
+    """
+    if not grads:
+        return GradientCheck((), torch.zeros(0), None, None)
+    clip = None
     if limit is None:
-        return 1.0
-    total = math.sqrt(sum(value**2 for (_, _, counts), value in zip(norms, values, strict=True) if counts))
-    return min(1.0, limit / (total + 1e-6))
+        values = stack([g.sum(dtype=torch.promote_types(g.dtype, torch.float32)) for _, g in grads])
+    else:
+        wide = [(g, torch.promote_types(g.dtype, torch.float32)) for _, g in grads]
+        values = stack([torch.linalg.vector_norm(g, dtype=dtype) for g, dtype in wide])
+        clip = (limit / (torch.linalg.vector_norm(values.double()) + 1e-6)).clamp(max=1.0)
+    names = tuple(name for name, _ in grads)
+    if not on_host(values):
+        return GradientCheck(names, values, clip, values.isfinite().all())
+    check = GradientCheck(names, values, None if clip is None or clip == 1.0 else clip, None)
+    check.raise_if_broken(bool(values.isfinite().all()))
+    return check
+
+
+def on_host(values: Tensor) -> bool:
+    """Whether reading the values waits for no device."""
+    return values.device.type == "cpu"

@@ -13,6 +13,7 @@ is a segment vector, scores are per-rank sums reduced by segment, updates are ma
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -20,21 +21,19 @@ import torch
 from torch import Tensor
 
 from . import virtual
-from .adamw import (
-    Coefficients,
-    Trained,
-    adamw_,
-    scaled_gradient,
-    score_terms,
-    step_numbers,
-    update_moments_,
-)
+from .adamw import Coefficients, Tracking, step_numbers
 from .config import MoLFConfig
-from .guards import ResumeError, check_gradient, clip_factor, gradient_norm
+from .guards import GradientCheck, ResumeError, check_gradient, check_gradients
 from .layout import RoutedModule
+from .passes import Passes, adamw_all, flat, track_all, unrouted_all
 from .policy import priorities
-from .routing import Decision, Routing, decide, read_if_free
+from .quantized import is_quantized
+from .routing import Decision, Routing, decide
+from .scalars import stack
 from .state import MoLFState
+
+Other = tuple[dict[str, Any], Tensor]
+"""A parameter that is not routed, with its group."""
 
 
 class MoLFAdamW(MoLFState):
@@ -67,15 +66,17 @@ class MoLFAdamW(MoLFState):
     def __init__(
         self, params: Iterable[dict[str, Any]], config: MoLFConfig, modules: Sequence[RoutedModule] = ()
     ) -> None:
-        self.decision: Decision | None = None
-        self._routing: dict[str, Routing] = {}
+        self._decisions: list[Decision] = []
         self._awaits_gradient: set[str] = set()
         self._coefficients: dict[tuple[Any, ...], Coefficients] = {}
         super().__init__(params, config, modules)
+        every = [p for group in self.param_groups for p in group["params"]]
+        device = every[0].device if every else torch.device("cpu")
+        self._passes = Passes(config.compile, sum(p.numel() for p in every), device)
 
     def __getstate__(self) -> dict[str, Any]:
         """As of the state, with the last decision and what a resume still waits for."""
-        own = {name: getattr(self, name) for name in ("decision", "_routing", "_awaits_gradient")}
+        own = {name: getattr(self, name) for name in ("_decisions", "_awaits_gradient", "_passes")}
         return {**super().__getstate__(), **own, "_coefficients": {}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -90,17 +91,12 @@ class MoLFAdamW(MoLFState):
 
     @property
     def routing(self) -> Mapping[str, Routing]:
-        """Experts, scores and winners of the last step for every module that had a gradient; empty before it.
-
-        Copied from the device once per step, when it is first asked for.
-        """
-        if self.decision is not None and not self._routing:
-            scores, winners = self.decision.to_host()
-            self._routing = {
-                name: Routing(self.experts, tuple(row), tuple(self.experts[index] for index in best))
-                for name, row, best in zip(self.decision.modules, scores, winners, strict=True)
-            }
-        return self._routing
+        """Experts, scores and winners of the last step for every module that had a gradient; empty before it."""
+        return {
+            name: Routing(self.experts, tuple(row), tuple(self.experts[index] for index in best))
+            for decision in self._decisions
+            for name, row, best in zip(decision.modules, decision.scores, decision.winners, strict=True)
+        }
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -113,44 +109,86 @@ class MoLFAdamW(MoLFState):
         """
         if closure is not None:
             raise ValueError("closure: MoLFAdamW needs gradients of one forward pass; call step() without a closure")
-        self._coefficients.clear()
-        self._written.check(self._derived())
+        self._check_written()
         active = [module for module in self.modules if self._has_gradients(module)]
         self._check_resumed({module.name for module in active})
-        clip = self._check_gradients(active)
-        self.decision, self._routing = None, {}
-        if active:
-            sums = torch.stack([self._track(module, clip) for module in active])
-            names, scores = tuple(module.name for module in active), self._scores(active, sums)
-            self.decision = decide(names, scores, self.config.top_k, self._priorities(names, scores))
-            for module, winners in zip(active, self.decision.mask, strict=True):
-                self._update(module, winners)
-        self._step_other(clip)
-        self._written.remember(self._derived())
+        self._decisions = []
+        self._step(active, [other for other in self._others() if other[1].grad is not None])
+        self._remember_written()
 
-    def _track(self, module: RoutedModule, clip: float) -> Tensor:
-        """Universal momentum tracking; returns what the scores sum over each expert's elements, (E,)."""
-        sums = []
-        for slot in module.slots:
-            self.state[self._parameter(slot)]["step"] += 1
+    def _step(self, active: Sequence[RoutedModule], others: Sequence[Other]) -> None:
+        """One step of these modules and of these parameters that are not routed.
+
+        On an accelerator the one read of the step is that of the winners. Whether all gradients are finite comes with
+        it; until then a gate on the device keeps the moments as they are if that is not so.
+        """
+        self._coefficients.clear()
+        pairs = [self._pair_gradients(module) for module in active] if self.config.expert_ranks else []
+        check = self._check_gradients(active, others, pairs)
+        steps = [self.state[self._parameter(slot)]["step"] for module in active for slot in module.slots]
+        steps += [self.state[parameter]["step"] for _, parameter in others]
+        if not steps:
+            return
+        counts = dict(zip(map(id, steps), (torch.stack(steps) + 1).tolist(), strict=True))
+        winners = self._route(active, pairs, check, counts)
+        torch._foreach_add_(steps, 1)
+        # without a W in the state, one is made for each module while it is updated, and not for all at once
+        at_once = len(active) if self.config.keep_base else 1
+        for start in range(0, len(active), max(1, at_once)):
+            self._update(active[start : start + at_once], winners[start : start + at_once], counts)
+        self._step_others(others, check, counts)
+
+    def _route(
+        self,
+        active: Sequence[RoutedModule],
+        pairs: Sequence[tuple[Tensor, Tensor]],
+        check: GradientCheck,
+        counts: Mapping[int, float],
+    ) -> list[list[int]]:
+        """Moments, scores and the winners of every module; nothing has changed if a gradient is not finite."""
+        if not active:
+            check.raise_if_broken(check.gate is None or bool(check.gate))
+            return []
+        scores = self._scores(active, self._track(active, pairs, check))
+        names = tuple(module.name for module in active)
+        decision = decide(names, scores, self.config.top_k, self._priorities(active, scores, counts), check.gate)
+        check.raise_if_broken(decision.finite)
+        self._decisions.append(decision)
+        return decision.winners
+
+    def _track(
+        self, active: Sequence[RoutedModule], pairs: Sequence[tuple[Tensor, Tensor]], check: GradientCheck
+    ) -> Tensor:
+        """Universal momentum tracking; returns what the scores sum over each expert's elements, (M, E)."""
+        columns = []
         if self.config.train_base:
-            group = self._group("dense")
-            terms = []
-            for slot in module.dense_slots:
-                parameter = self._parameter(slot)
-                tensor = self._trained(parameter)
-                update_moments_(tensor, scaled_gradient(parameter.grad, tensor, clip), group["betas"])
-                terms.append(score_terms(tensor, group["eps"], self.config.score_fn).sum())
-            sums.append(torch.stack(terms).sum(0, keepdim=True))
+            owners = [i for i, module in enumerate(active) for _ in module.dense_slots]
+            dense = [self._parameter(slot) for module in active for slot in module.dense_slots]
+            jobs = [flat(_gradient(p), *self._trained(p)[1:3]) for p in dense]
+            sums = stack([each.sum() for each in self._run_tracking("dense", jobs, check)])
+            total = sums.new_zeros(len(active)).index_add_(0, torch.tensor(owners, device=sums.device), sums)
+            columns.append(total[:, None])
         if self.config.expert_ranks:
-            group = self._group(self._lora_experts[0])
-            per_rank = []
-            for tensor, grad, dim in zip(self._pair(module), self._pair_gradients(module, clip), (1, 0), strict=True):
-                update_moments_(tensor, grad, group["betas"])
-                per_rank.append(score_terms(tensor, group["eps"], self.config.score_fn).sum(dim))
-            zeros = per_rank[0].new_zeros(len(self._lora_experts))
-            sums.append(zeros.index_add_(0, self._segments_on(zeros.device), per_rank[0] + per_rank[1]))
-        return torch.cat(sums)
+            jobs = []
+            for module, grads in zip(active, pairs, strict=True):
+                jobs += [(g, *each[1:3]) for g, each in zip(grads, self._pair(module), strict=True)]
+            sums = stack(self._run_tracking(self._lora_experts[0], jobs, check)).view(len(active), 2, -1).sum(1)
+            experts = sums.new_zeros(len(active), len(self._lora_experts))
+            columns.append(experts.index_add_(1, self._segments_on(sums.device), sums))
+        return torch.cat([column.to(columns[0].dtype) for column in columns], 1)
+
+    def _run_tracking(self, expert: str, jobs: Sequence[Any], check: GradientCheck) -> list[Tensor]:
+        """``track_`` over jobs of one expert's group, with the clipping factor as a column where rows are summed."""
+        group, results = self._group(expert), [torch.empty(0)] * len(jobs)
+        for (device, dtype), places in _by_place(jobs).items():
+            clip, gate = check.on(device, dtype)
+            if self._passes.compiles and expert != "dense":  # what varies along the rows keeps them apart: one loop
+                rows = jobs[places[0]][0].shape[0]
+                clip = torch.ones(rows, 1, dtype=dtype, device=device) * (1.0 if clip is None else clip)
+            shared = Tracking(group["betas"], group["eps"], self.config.score_fn, clip, gate)
+            for i, found in zip(places, self._passes.run(track_all, [jobs[i] for i in places], shared), strict=True):
+                results[i] = found
+        return results
 
     def _scores(self, active: Sequence[RoutedModule], sums: Tensor) -> Tensor:
         """Scores (M, E) from the sums: (η_i / N_i) Σ for "epd", √(Σ / N_i) for "pfn".  Source: section 4.3."""
@@ -160,69 +198,94 @@ class MoLFAdamW(MoLFState):
             return sums * sums.new_tensor(factors)
         return (sums / sums.new_tensor([module.sizes for module in active])).sqrt_()
 
-    def _priorities(self, active: Sequence[str], scores: Tensor) -> Tensor | None:
+    def _priorities(self, active: Sequence[RoutedModule], scores: Tensor, counts: Mapping[int, float]) -> Tensor | None:
         """What decides in place of the scores; None in MoLF."""
         if self.config.policy == "score":
             return None
-        steps = [int(self.state[self._parameter(module.slots[0])]["step"]) for module in self.modules]
-        turns = [(i, step) for i, step in enumerate(steps) if self.modules[i].name in active]
+        turns = [(self.modules.index(module), int(self._count(module.slots[0], counts))) for module in active]
         return priorities(self.config, scores, turns)
 
-    def _update(self, module: RoutedModule, winners: Tensor) -> None:
-        """AdamW for the winners, (E,) bool; then P follows. Losers are skipped where that is known, else masked."""
-        known = read_if_free(winners)
+    def _update(
+        self, modules: Sequence[RoutedModule], winners: Sequence[Sequence[int]], counts: Mapping[int, float]
+    ) -> None:
+        """AdamW for the winners of these modules, then P follows. Losers are not touched."""
         first = int(self.config.train_base)
-        for slot in module.dense_slots if self.config.train_base else ():
-            if known is None or known[0]:
-                group, parameter = self.param_groups[slot[0]], self._parameter(slot)
-                tensor = self._trained(parameter)
-                c = self._coefficients_of([group], tensor, self.state[parameter]["step"])
-                adamw_(tensor, c, None if known else winners[0])
-        if self.config.expert_ranks and (known is None or any(known[first:])):
-            mask = None if known and all(known[first:]) else winners[first:][self._segments_on(winners.device)]
-            groups = [self._group(expert) for expert in self._lora_experts]
-            step = self.state[self._parameter(module.slots[-1])]["step"]
-            A, B = self._pair(module)
-            c = self._coefficients_of(groups, A, step)
-            adamw_(A, c.by_row(), None if mask is None else mask[:, None])
-            c = self._coefficients_of(groups, B, step, module.folds(self.config.scales))
-            adamw_(B, c, mask)
-        for slot in module.slots:
-            self._write(self._parameter(slot), module)
+        values: dict[int, Tensor] = {}  # of parameters whose precise value is not in the state
+        jobs: dict[tuple[Any, ...], list[Any]] = defaultdict(list)
+        for module, best in zip(modules, winners, strict=True):
+            lora = [index - first for index in best if index >= first]
+            if module.lora_A is None and self.config.expert_ranks:
+                self._prepare_base(module, values, bool(lora))
+            for slot in module.dense_slots if first and 0 in best else ():
+                parameter = self._parameter(slot)
+                theta = self._trained(parameter, values)
+                key = self._key([self.param_groups[slot[0]]], self._count(slot, counts), theta.value)
+                jobs[key].append((*flat(*theta), None))
+            if lora:
+                self._add_lora_jobs(jobs, module, lora, counts, values)
+        for key, listed in jobs.items():
+            self._passes.run(adamw_all, listed, self._coefficients[key])
+        for module in modules:
+            self._write_module(module, values)
 
-    def _step_other(self, clip: float) -> None:
+    def _add_lora_jobs(
+        self,
+        jobs: dict[tuple[Any, ...], list[Any]],
+        module: RoutedModule,
+        lora: Sequence[int],
+        counts: Mapping[int, float],
+        values: dict[int, Tensor],
+    ) -> None:
+        """A and Bᵀ of a module, (R, in) and (R, out), with the ranks of its winners where not all of them win."""
+        groups = [self._group(expert) for expert in self._lora_experts]
+        count, winner = self._count(module.slots[-1], counts), None
+        for theta, folds in zip(self._pair(module, values), ((1.0,), module.folds(self.config.scales)), strict=True):
+            if len(lora) < len(groups):
+                won = torch.tensor([i in lora for i in range(len(groups))], device=theta.value.device)
+                winner = won[self._segments_on(won.device)][:, None]
+            jobs[self._key(groups, count, theta.value, folds)].append((*theta, winner))
+
+    def _step_others(self, others: Sequence[Other], check: GradientCheck, counts: Mapping[int, float]) -> None:
         """AdamW for what is not routed."""
-        for group, parameter in self._others():
-            if parameter.grad is None:
-                continue
-            state, tensor = self.state[parameter], self._trained(parameter)
-            state["step"] += 1
-            update_moments_(tensor, scaled_gradient(parameter.grad, tensor, clip), group["betas"])
-            adamw_(tensor, self._coefficients_of([group], tensor, state["step"]))
-            self._write(parameter)
+        values: dict[int, Tensor] = {}
+        jobs: dict[tuple[Any, ...], list[Any]] = defaultdict(list)
+        for group, parameter in others:
+            theta = self._trained(parameter, values)
+            key = self._key([group], counts[id(self.state[parameter]["step"])], theta.value)
+            jobs[(*key, group["betas"])].append(flat(*theta, _gradient(parameter)))
+        for key, listed in jobs.items():
+            c = self._coefficients[key[:-1]]
+            clip, _ = check.on(c.decay.device, c.decay.dtype)
+            self._passes.run(unrouted_all, listed, (Tracking(key[-1], c.eps, self.config.score_fn, clip), c))
+        for _, parameter in others:
+            self._write(parameter, values)
 
-    def _pair_gradients(self, module: RoutedModule, clip: float) -> tuple[Tensor, Tensor]:
-        """dL/dA (R, in) and dL/dB (out, R): the adapter's, or from G = dL/dP as in identity (a)."""
+    def _pair_gradients(self, module: RoutedModule) -> tuple[Tensor, Tensor]:
+        """dL/dA and (dL/dB)ᵀ, (R, in) and (R, out): the adapter's, or from G = dL/dP as in identity (a)."""
         A, B = self._pair(module)
         if module.lora_A is not None and module.lora_B is not None:
-            grad_A = scaled_gradient(self._parameter(module.lora_A).grad, A, clip)
-            grad_B = scaled_gradient(self._parameter(module.lora_B).grad, B, clip)
-            return grad_A, grad_B * self._per_rank(module.folds(self.config.scales), grad_B)
-        G = scaled_gradient(self._parameter(module.slots[0]).grad, B, clip)
-        return virtual.gradients(G, A.value, B.value, self._per_rank(self.config.scales, G), module.transposed)
+            grad_B = _gradient(self._parameter(module.lora_B)).T
+            folds = self._per_rank(module.folds(self.config.scales), A.exp_avg)[:, None]
+            return _gradient(self._parameter(module.lora_A)), grad_B * folds
+        G = _gradient(self._parameter(module.slots[0])).to(A.value.dtype)
+        return virtual.gradients(G, A.value, B.value.T, self._per_rank(self.config.scales, G), module.transposed)
 
-    def _coefficients_of(
-        self, groups: Sequence[Mapping[str, Any]], tensor: Trained, step: Tensor, folds: tuple[float, ...] = (1.0,)
-    ) -> Coefficients:
-        """Decay and step size per group, spread over the ranks where the groups are LoRA experts'."""
-        n, value = float(step), tensor.value
+    def _key(
+        self, groups: Sequence[Mapping[str, Any]], n: float, value: Tensor, folds: tuple[float, ...] = (1.0,)
+    ) -> tuple[Any, ...]:
+        """Key of the coefficients of these groups at step n: scalars, or per rank for LoRA experts' groups."""
         key = (tuple(id(group) for group in groups), n, folds, value.dtype, value.device)
         if key not in self._coefficients:
             decays, sizes, root = step_numbers(groups, n, folds)
             lora = groups[0]["expert"] in self._lora_experts
-            decay, size = (self._per_rank(x, value) if lora else value.new_tensor(x[0]) for x in (decays, sizes))
-            self._coefficients[key] = Coefficients(decay, size, root, groups[0]["eps"])
-        return self._coefficients[key]
+            decay, size = (
+                self._per_rank(x, value)[:, None] if lora else value.new_tensor(x[0]) for x in (decays, sizes)
+            )
+            self._coefficients[key] = Coefficients(decay, size, value.new_tensor(root), groups[0]["eps"])
+        return key
+
+    def _count(self, slot: tuple[int, int], counts: Mapping[int, float]) -> float:
+        return counts[id(self.state[self._parameter(slot)]["step"])]
 
     def _has_gradients(self, module: RoutedModule) -> bool:
         present = [self._parameter(slot).grad is not None for slot in module.slots]
@@ -233,23 +296,32 @@ class MoLFAdamW(MoLFState):
             )
         return all(present)
 
-    def _check_gradients(self, active: Sequence[RoutedModule]) -> float:
-        """The clipping factor min(1, c / (‖g‖ + 1e-6)), after a look that every gradient is finite.
+    def _check_gradients(
+        self, active: Sequence[RoutedModule], others: Sequence[Other], pairs: Sequence[tuple[Tensor, Tensor]]
+    ) -> GradientCheck:
+        """Whether every gradient is finite, and the clipping factor min(1, c / (‖g‖ + 1e-6)).
 
-        The norm is over the gradients of all trained tensors: W, b, every A and B, and what is not routed.
+        The norm is over the gradients of all trained tensors: W, b, every A and B, and what is not routed. Where
+        nothing is clipped, a look at dB = s G Aᵀ is a look at G: what is not finite there is not finite here.
         """
-        found: list[tuple[str, Tensor, bool]] = []
         for group in self.param_groups:
             for name, parameter in zip(group["param_names"], group["params"], strict=True):
                 if parameter.grad is not None:
-                    check_gradient(name, parameter, self.state[parameter])
-                    counts = group["expert"] != "base" and group["expert"] not in self._lora_experts
-                    found.append((name, gradient_norm(parameter.grad), counts))
+                    check_gradient(name, parameter, self.state[parameter], self.config.keep_base)
         limit = self.config.max_grad_norm
-        if limit is not None and self.config.expert_ranks:
-            for module in active:
-                found += [(module.name, gradient_norm(grad), True) for grad in self._pair_gradients(module, 1.0)]
-        return clip_factor(found, limit)
+        found: list[tuple[str, Tensor]] = []
+        for i, module in enumerate(active):
+            for slot in module.dense_slots if self.config.train_base else ():
+                seen_in_B = bool(pairs) and module.lora_A is None and slot == module.weight and limit is None
+                if not seen_in_B:
+                    found.append((self._name(slot), _gradient(self._parameter(slot))))
+            found += [(module.name, grad) for grad in pairs[i]] if pairs else []
+        names = {id(p): name for g in self.param_groups for name, p in zip(g["param_names"], g["params"], strict=True)}
+        found += [(names[id(parameter)], _gradient(parameter)) for _, parameter in others]
+        return check_gradients(found, limit)
+
+    def _name(self, slot: tuple[int, int]) -> str:
+        return self.param_groups[slot[0]]["param_names"][slot[1]]
 
     def _check_resumed(self, active: set[str]) -> None:
         """After a resume, every module that had taken part in all steps must take part again."""
@@ -261,3 +333,17 @@ class MoLFAdamW(MoLFState):
                 "make the optimizer from the model that is trained"
             )
         self._awaits_gradient = set()
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    if parameter.grad is None:
+        raise RuntimeError("a gradient disappeared during the step")
+    return parameter.grad
+
+
+def _by_place(jobs: Sequence[Any]) -> dict[tuple[torch.device, torch.dtype], list[int]]:
+    """Indices of the jobs by the device and dtype of their first moment."""
+    places: dict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
+    for index, job in enumerate(jobs):
+        places[job[1].device, torch.float32 if is_quantized(job[1]) else job[1].dtype].append(index)
+    return places

@@ -32,48 +32,55 @@ class Routing(NamedTuple):
 
 @dataclass(frozen=True)
 class Decision:
-    """Scores and winners of all modules that took part in a step, still on their device.
+    """Scores and winners of all modules that took part in a step.
 
     Attributes:
         modules: Names of the modules, M of them.
-        scores: (M, E).
-        winners: Expert indices, best first, (M, top_k), int64.
+        scores: Of every expert, M rows.
+        winners: Expert indices, best first, M rows.
+        finite: Whether all gradients were finite.
     """
 
     modules: tuple[str, ...]
-    scores: Tensor
-    winners: Tensor
-
-    @property
-    def mask(self) -> Tensor:
-        """Which experts won, (M, E), bool."""
-        return torch.zeros_like(self.scores, dtype=torch.bool).scatter_(1, self.winners, True)
-
-    def to_host(self) -> tuple[list[list[float]], list[list[int]]]:
-        """Scores and winners as lists, in one device-to-host copy."""
-        experts = self.scores.shape[1]
-        both = torch.cat([self.scores, self.winners.to(self.scores.dtype)], dim=1).tolist()
-        return [row[:experts] for row in both], [[int(index) for index in row[experts:]] for row in both]
+    scores: list[list[float]]
+    winners: list[list[int]]
+    finite: bool
 
 
-def decide(modules: tuple[str, ...], scores: Tensor, top_k: int, ranked_by: Tensor | None = None) -> Decision:
-    """The ``top_k`` experts of every module by score; of equal scores the lower index.
+def decide(
+    modules: tuple[str, ...],
+    scores: Tensor,
+    top_k: int,
+    ranked_by: Tensor | None = None,
+    gate: Tensor | None = None,
+) -> Decision:
+    """The ``top_k`` experts of every module by score; of equal scores the lower index. One device-to-host copy.
 
     Args:
         modules: Module names, M of them.
         scores: (M, E).
         top_k: From 1 to E.
         ranked_by: (M, E), what decides in place of the scores in a control; the decision keeps the scores.
+        gate: Whether all gradients were finite, 0-dimensional, on a device; None is true.
 
     Source: arXiv:2605.07111, section 4.3.
     """
     order = torch.sort(scores if ranked_by is None else ranked_by, dim=1, descending=True, stable=True).indices
-    return Decision(modules, scores, order[:, :top_k])
+    rows = torch.cat([scores, order[:, :top_k].to(scores.dtype)], dim=1)
+    if gate is not None:
+        rows = torch.cat([rows, gate.to(rows).expand(len(rows), 1)], dim=1)
+    experts, listed = scores.shape[1], to_host(rows)
+    return Decision(
+        modules,
+        [row[:experts] for row in listed],
+        [[int(index) for index in row[experts : experts + top_k]] for row in listed],
+        gate is None or bool(listed[0][-1]),
+    )
 
 
-def read_if_free(winners: Tensor) -> list[bool] | None:
-    """The winners as a list on the CPU; None elsewhere, where reading them would wait for the device."""
-    return winners.tolist() if winners.device.type == "cpu" else None
+def to_host(rows: Tensor) -> list[list[float]]:
+    """The one place where a step waits for its device."""
+    return rows.tolist()
 
 
 class RoutingRecorder:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import virtual
-from .adamw import Trained, moment_dtype, new_state
+from . import quantized, virtual
+from .adamw import Trained, moment_dtype
 from .checkpoint import check_loadable
 from .config import MoLFConfig
 from .guards import WrittenTensors
@@ -45,11 +44,13 @@ class MoLFState(Optimizer):
         }
         super().__init__(params, defaults)
         for module in self.modules:
-            if module.lora_A is None and config.expert_ranks:
+            if self._is_virtual(module):
                 weight = self._parameter(module.slots[0])
                 rank, dtype = sum(config.expert_ranks), moment_dtype(weight)
                 virtual.make_experts(self.state[weight], weight, rank, module.transposed, dtype)
-        self._written.remember(self._derived())
+                if config.keep_base:
+                    self.state[weight].setdefault("base", weight.detach())  # W = P while B = 0
+        self._remember_written()
 
     def __getstate__(self) -> dict[str, Any]:
         """All attributes but the caches and the hooks, so that copies and pickles work."""
@@ -70,7 +71,7 @@ class MoLFState(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         for parameter in group["params"]:
-            self.state[parameter].update(new_state(parameter, moments=group["expert"] != "base"))
+            self.state[parameter].update(self._new_state(parameter, group["expert"]))
 
     @property
     def routed_modules(self) -> list[str]:
@@ -86,11 +87,12 @@ class MoLFState(Optimizer):
     def sync_weights(self) -> None:
         """Rewrite every weight of the model from the state, after someone has written to the state."""
         for module in self.modules:
-            for slot in module.slots:
-                self._write(self._parameter(slot), module)
+            if self._is_virtual(module):
+                self._own_base(self._parameter(module.slots[0]))
+            self._write_module(module, {})
         for _, parameter in self._others():
-            self._write(parameter)
-        self._written.remember(self._derived())
+            self._write(parameter, {})
+        self._remember_written()
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -109,29 +111,102 @@ class MoLFState(Optimizer):
         self.state = kept
         for index, parameter in enumerate(p for group in self.param_groups for p in group["params"]):
             for key, value in state_dict["state"][index].items():
-                device = torch.device("cpu") if key == "step" else parameter.device
-                self.state[parameter][key] = value.to(device, self.state[parameter][key].dtype, copy=True)
+                self.state[parameter][key].copy_(value)  # where W is the weight itself, that is where it goes
+            if "lora_B" in self.state[parameter] and self.state[parameter]["lora_B"].any():
+                self._own_base(parameter)
         self.sync_weights()
 
-    def _stored(self, parameter: Tensor, module: RoutedModule | None = None) -> Tensor:
-        """What the model's tensor has to hold: P = W + Σ s_i B_i A_i, or the master, or else itself."""
-        state = self.state[parameter]
-        if "lora_A" in state and module is not None:
-            return virtual.merged(state, self._per_rank(self.config.scales, state["lora_B"]), module.transposed)
-        return state.get("base", parameter)
+    def _new_state(self, parameter: Tensor, expert: str) -> dict[str, Tensor]:
+        """``step``, ``exp_avg`` and ``exp_avg_sq`` unless it is frozen, and ``base``, a 16-bit parameter's master."""
+        dtype = moment_dtype(parameter)
+        state = {"step": torch.tensor(0.0)}
+        if dtype != parameter.dtype and self.config.keep_base:
+            state["base"] = parameter.detach().to(dtype, copy=True)
+        zeros = self._zeros if expert in self._lora_experts else self._dense_zeros
+        if expert != "base":
+            state["exp_avg"] = zeros(parameter)
+            state["exp_avg_sq"] = zeros(parameter, signed=False)
+        return state
 
-    def _write(self, parameter: Tensor, module: RoutedModule | None = None) -> None:
-        stored = self._stored(parameter, module)
-        if stored is not parameter:
-            parameter.copy_(stored)
+    def _zeros(self, like: Tensor, signed: bool = True) -> Tensor:
+        return torch.zeros_like(like, dtype=moment_dtype(like))
 
-    def _derived(self) -> list[tuple[str, Tensor, Callable[[], Tensor]]]:
-        """The model's tensors that this optimizer rewrites: name, tensor, and what the state says it holds."""
-        entries: list[tuple[str, Tensor, Any]] = [
-            (m.name, self._parameter(slot), m) for m in self.modules for slot in m.slots
-        ]
-        entries += [("an unrouted parameter", parameter, None) for _, parameter in self._others()]
-        return [(name, p, partial(self._stored, p, m)) for name, p, m in entries if "base" in self.state[p]]
+    def _dense_zeros(self, like: Tensor, signed: bool = True) -> Tensor:
+        """Moments of what is no LoRA expert's, whose own are small and stay in full precision."""
+        return quantized.zeros(like, signed=signed) if self.config.moments_8bit else self._zeros(like)
+
+    def _is_virtual(self, module: RoutedModule) -> bool:
+        """Whether its LoRA experts are state beside the weight."""
+        return module.lora_A is None and bool(self.config.expert_ranks)
+
+    def _own_base(self, weight: Tensor) -> None:
+        """Give a layer whose W is the weight itself a W of its own, before they differ."""
+        state = self.state[weight]
+        if "base" in state and virtual.shares_storage(state["base"], weight):
+            state["base"] = weight.detach().clone()
+
+    def _low_rank(self, module: RoutedModule) -> tuple[Tensor, Tensor]:
+        """Two factors of Σ s_i B_i A_i, laid out like the weight."""
+        state = self.state[self._parameter(module.slots[0])]
+        return virtual.product(state, self._per_rank(self.config.scales, state["lora_B"]), module.transposed)
+
+    def _write_module(self, module: RoutedModule, values: Mapping[int, Tensor]) -> None:
+        """Let a module's tensors in the model follow: P = W + Σ s_i B_i A_i, accumulated and rounded once."""
+        slots = module.slots
+        if self._is_virtual(module):
+            weight = self._parameter(slots[0])
+            base = values.get(id(weight), self.state[weight].get("base", weight))
+            if base is not weight and not virtual.shares_storage(base, weight):
+                in_place = base.dtype == weight.dtype
+                stored = torch.addmm(base, *self._low_rank(module), out=weight if in_place else None)
+                if not in_place:
+                    self._store(weight, stored)
+            slots = slots[1:]
+        for slot in slots:
+            self._write(self._parameter(slot), values)
+
+    def _write(self, parameter: Tensor, values: Mapping[int, Tensor]) -> None:
+        """Let a tensor of the model follow its precise value: the master, or one of ``values``, by the tensor's id."""
+        value = values.get(id(parameter), self.state[parameter].get("base"))
+        if value is not None:
+            self._store(parameter, value)
+
+    def _store(self, parameter: Tensor, value: Tensor) -> None:
+        if parameter.dtype == torch.bfloat16 and not self.config.keep_base:
+            virtual.round_stochastically(value, parameter)
+        else:
+            parameter.copy_(value)
+
+    def _prepare_base(self, module: RoutedModule, values: dict[int, Tensor], lora_moves: bool) -> None:
+        """Before an update: W in ``values`` where the state has none, and a W of its own if a LoRA expert will move."""
+        weight = self._parameter(module.slots[0])
+        if "base" not in self.state[weight]:
+            dtype = moment_dtype(weight)
+            values[id(weight)] = torch.addmm(weight.detach().to(dtype), *self._low_rank(module), alpha=-1)
+        elif lora_moves:
+            self._own_base(weight)
+
+    def _derived(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """The model's tensors that this optimizer rewrites from its state: name, tensor, and what it has to hold."""
+        for group in self.param_groups:
+            for name, parameter in zip(group["param_names"], group["params"], strict=True):
+                if "base" in self.state[parameter] and "lora_A" not in self.state[parameter]:
+                    yield name, parameter, self.state[parameter]["base"]
+        for module in self.modules:
+            weight = self._parameter(module.slots[0])
+            base = self.state[weight].get("base")
+            if self._is_virtual(module) and base is not None:
+                shared = virtual.shares_storage(base, weight)
+                yield module.name, weight, weight if shared else torch.addmm(base, *self._low_rank(module))
+
+    def _rewritten(self) -> Iterator[Tensor]:
+        return (p for group in self.param_groups for p in group["params"] if "base" in self.state[p])
+
+    def _check_written(self) -> None:
+        self._written.check(self._rewritten(), self._derived)
+
+    def _remember_written(self) -> None:
+        self._written.remember(self._rewritten())
 
     def _others(self) -> list[tuple[dict[str, Any], Tensor]]:
         groups = [group for group in self.param_groups if group["expert"].startswith("other")]
@@ -147,19 +222,33 @@ class MoLFState(Optimizer):
     def _lora_experts(self) -> tuple[str, ...]:
         return self.experts[int(self.config.train_base) :]
 
-    def _trained(self, parameter: Tensor) -> Trained:
-        state = self.state[parameter]
-        return Trained(state.get("base", parameter), state["exp_avg"], state["exp_avg_sq"])
+    def _trained(self, parameter: Tensor, values: dict[int, Tensor] | None = None) -> Trained:
+        """A parameter's precise value with its moments.
 
-    def _pair(self, module: RoutedModule) -> tuple[Trained, Trained]:
-        """The stacked A (R, in) and B (out, R) with their moments."""
+        Args:
+            parameter: Of a group.
+            values: Takes, by the parameter's id, a precise value that is in no state: of a 16-bit parameter without a
+                master. None: the value is not needed.
+        """
+        state = self.state[parameter]
+        value, store = state.get("base", parameter), None
+        if "base" in state and "lora_A" not in state:
+            store = parameter
+        if values is not None and "base" not in state:
+            if moment_dtype(parameter) != parameter.dtype:
+                values.setdefault(id(parameter), parameter.detach().to(moment_dtype(parameter)))
+            value = values.get(id(parameter), parameter)
+        return Trained(value, state["exp_avg"], state["exp_avg_sq"], store)
+
+    def _pair(self, module: RoutedModule, values: dict[int, Tensor] | None = None) -> tuple[Trained, Trained]:
+        """The stacked A (R, in) and Bᵀ (R, out) with their moments."""
         if module.lora_A is not None and module.lora_B is not None:
-            return self._trained(self._parameter(module.lora_A)), self._trained(self._parameter(module.lora_B))
-        state = self.state[self._parameter(module.slots[0])]
-        return (
-            Trained(state["lora_A"], state["lora_A_exp_avg"], state["lora_A_exp_avg_sq"]),
-            Trained(state["lora_B"], state["lora_B_exp_avg"], state["lora_B_exp_avg_sq"]),
-        )
+            A, B = (self._trained(self._parameter(slot), values) for slot in (module.lora_A, module.lora_B))
+        else:
+            state = self.state[self._parameter(module.slots[0])]
+            A = Trained(state["lora_A"], state["lora_A_exp_avg"], state["lora_A_exp_avg_sq"])
+            B = Trained(state["lora_B"], state["lora_B_exp_avg"], state["lora_B_exp_avg_sq"])
+        return A, Trained(B.value.T, B.exp_avg.T, B.exp_avg_sq.T, None if B.store is None else B.store.T)
 
     def _per_rank(self, per_expert: Sequence[float], like: Tensor) -> Tensor:
         """One number per LoRA expert, spread over the rank axis, (R,)."""

@@ -1,7 +1,8 @@
 """Virtual LoRA experts of an ordinary layer: identity (a), the state beside P = W + Σ s_i B_i A_i.
 
 Everything here is of one layer. ``base`` is W, laid out like the weight; ``lora_A`` (R, in) and ``lora_B`` (out, R) are
-the stacked experts; ``scales`` (R,) is s_i over the ranks; ``transposed`` says that the weight is stored as (in, out).
+the stacked experts, B with its ranks contiguous; ``scales`` (R,) is s_i over the ranks; ``transposed`` says that the
+weight is stored as (in, out).
 """
 
 from __future__ import annotations
@@ -14,24 +15,39 @@ from torch import Tensor
 
 
 def make_experts(state: dict[str, Any], weight: Tensor, rank: int, transposed: bool, dtype: torch.dtype) -> None:
-    """A ~ kaiming_uniform(a=√5), B = 0, their moments 0, and W = P.  Source: arXiv:2605.07111, section 4.2."""
+    """A ~ kaiming_uniform(a=√5), B = 0, and their moments 0.  Source: arXiv:2605.07111, section 4.2."""
     outs, ins = reversed(weight.shape) if transposed else weight.shape
-    state["base"] = weight.detach().to(dtype, copy=True)
     state["lora_A"] = torch.empty(rank, ins, dtype=dtype, device=weight.device)
     torch.nn.init.kaiming_uniform_(state["lora_A"], a=math.sqrt(5))
-    state["lora_B"] = torch.zeros(outs, rank, dtype=dtype, device=weight.device)
+    state["lora_B"] = torch.zeros(rank, outs, dtype=dtype, device=weight.device).T
     for name in ("lora_A", "lora_B"):
         for moment in ("exp_avg", "exp_avg_sq"):
             state[f"{name}_{moment}"] = torch.zeros_like(state[name])
 
 
-def merged(state: dict[str, Any], scales: Tensor, transposed: bool) -> Tensor:
-    """P = W + Σ s_i B_i A_i, laid out like the weight, in the dtype of W.  Source: section 4.5."""
+def shares_storage(base: Tensor, weight: Tensor) -> bool:
+    """Whether W is the layer's own weight, as it is while B = 0: then P = W, and a copy would be waste."""
+    return base.dtype == weight.dtype and base.data_ptr() == weight.data_ptr()
+
+
+def product(state: dict[str, Any], scales: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
+    """Two factors of Σ s_i B_i A_i, laid out like the weight."""
     A, B = state["lora_A"], state["lora_B"] * scales
-    return torch.addmm(state["base"], *((A.T, B.T) if transposed else (B, A)))
+    return (A.T, B.T) if transposed else (B, A)
 
 
 def gradients(G: Tensor, A: Tensor, B: Tensor, scales: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
-    """dL/dA_i = s_i B_iᵀ G and dL/dB_i = s_i G A_iᵀ from G = dL/dP."""
+    """dL/dA_i = s_i B_iᵀ G (R, in), and the transpose of dL/dB_i = s_i G A_iᵀ, (R, out), from G = dL/dP."""
     G = G.T if transposed else G
-    return (B * scales).T @ G, (G @ A.T) * scales
+    return (B * scales).T @ G, (A @ G.T).mul_(scales[:, None])
+
+
+def round_stochastically(value: Tensor, store: Tensor) -> None:
+    """Write fp32 values to a bf16 tensor, up or down with probabilities that keep the expected value.
+
+    bf16 is the upper half of fp32's bits: a uniform number below 2¹⁶ is added and the lower half dropped. Draws from
+    torch's generator of the device.
+    """
+    noise = torch.randint(0, 2**16, value.shape, dtype=torch.int32, device=value.device)
+    bits = (value.view(torch.int32) + noise).bitwise_and_(-(2**16))
+    store.copy_(bits.view(torch.float32))

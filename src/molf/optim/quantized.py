@@ -1,0 +1,34 @@
+"""Moments in 8 bits, by torchao's optimizer-state tensors; there is no quantiser of our own here."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BLOCK = 256
+"""Elements that share a scale, torchao's own default."""
+
+
+def zeros(like: Tensor, *, signed: bool) -> Tensor:
+    """Zero moments of a tensor's shape: 8 bits and a shared fp32 scale per 256 elements; fp32 where that does not fit.
+
+    Raises:
+        ValueError: If torchao is not installed.
+    """
+    if like.numel() % BLOCK or like.numel() < 4096:  # as torchao's own optimizers decide
+        return torch.zeros_like(like, dtype=torch.float32, memory_format=torch.contiguous_format)
+    try:
+        from torchao.optim.subclass_8bit import OptimState8bit
+    except ImportError as error:
+        raise ValueError(f"moments_8bit=True needs torchao ({error}): pip install 'molf[quantized]'") from error
+    return OptimState8bit.zeros(like.shape, signed=signed, block_size=BLOCK, device=like.device)
+
+
+def is_quantized(tensor: Tensor) -> bool:
+    """Whether it is such a tensor."""
+    return type(tensor).__name__ == "OptimState8bit"
+
+
+def as_float(tensor: Tensor) -> Tensor:
+    """The tensor itself, or the fp32 values that its 8 bits stand for."""
+    return tensor.dequantize() if is_quantized(tensor) else tensor
