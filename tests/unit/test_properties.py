@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from models import causal_lm, tokens
 from molf import MoLFAdamW, MoLFConfig, NonFiniteGradientError, create_molf_optimizer, molf_lora_config
+from molf.optim.policy import priorities
 from molf.optim.reference import MoLFAdamWReference, superpose
 
 FIELDS = [field.name for field in dataclasses.fields(MoLFConfig)]
@@ -37,7 +38,7 @@ def examples(count: int):
     )
 
 
-# --- what a user may write ---------------------------------------------------------------------------------------------
+# --- what a user may write --------------------
 
 SCALARS = st.one_of(
     st.none(),
@@ -146,7 +147,7 @@ def test_any_value_of_any_field_is_taken_or_refused_by_name_slow(changes: dict[s
     builds_or_is_refused(changes)
 
 
-# --- models and steps --------------------------------------------------------------------------------------------------
+# --- models and steps --------------------
 
 
 class Tied(nn.Module):
@@ -346,7 +347,7 @@ def test_any_model_and_config_is_stepped_or_refused_slow(attack: tuple[Any, ...]
     check_attack(attack)
 
 
-# --- the reference -----------------------------------------------------------------------------------------------------
+# --- the reference --------------------
 
 CASES = st.fixed_dictionaries(
     {
@@ -438,3 +439,37 @@ def test_any_shape_follows_the_reference(case: dict[str, Any]) -> None:
 @given(CASES)
 def test_any_shape_follows_the_reference_slow(case: dict[str, Any]) -> None:
     check_against_reference(case)
+
+
+# --- what random configurations found ----------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lora_alpha": HUGE}, {"lr": HUGE}, {"policy": "random", "random_shares": [0.5, HUGE]}, {"expert_ranks": [2**40]},
+        {"eps": 1e-46}, {"eps": 1e39}, {"lora_alpha": 1e300}, {"top_k": "a\nb"}, {"score_fn": np.array([1, 2])},
+        {"target_modules": [1, None]}, {"target_modules": []}, {"target_modules": "("}, {"exclude_modules": "["},
+    ],
+)  # fmt: skip
+def test_what_ended_in_a_traceback_or_in_nan_is_refused_by_name(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=list(changes)[-1]) as caught:
+        MoLFConfig(**changes)
+    refused(caught.value, *changes)
+
+
+def test_settings_of_numpy_are_saved_as_numbers() -> None:
+    """A float64 of numpy in a parameter group made a checkpoint that weights_only=True refuses."""
+    config = MoLFConfig((np.int64(2),), lr=np.float64(1e-3), lora_lr=np.float32(1e-3), betas=list(np.ones(2) / 2))
+    optimizer = create_molf_optimizer(nn.Sequential(nn.Linear(4, 4)), config)
+    buffer = io.BytesIO()
+    torch.save(optimizer.state_dict(), buffer)
+    buffer.seek(0)
+    optimizer.load_state_dict(torch.load(buffer, weights_only=True))
+
+
+def test_tiny_shares_are_shares() -> None:
+    """u / w of float32 is -inf for both, and then the first expert won every draw."""
+    config = MoLFConfig(expert_ranks=(2,), policy="random", random_shares=(1e-40, 1e-40))
+    order = priorities(config, torch.zeros(64, 2), [(index, 1) for index in range(64)])
+    assert 10 < int(order.argmax(1).sum()) < 54  # 32 ± 4 of a fair coin, at 5.5 sd

@@ -29,8 +29,10 @@ class _Parser(TrlParser):
             kind = kinds.get(name, Any)
             if isinstance(value, (bool, int, float)) and str in _parts(kind) and type(value) not in _parts(kind):
                 settings[name] = str(value)  # such as a folder called 2026
-            elif not _fits(value, kind):
-                raise ValueError(f"{name}={value!r} in the configuration file has the wrong type: give {_name(kind)}")
+            elif not fits(value, kind):
+                raise ValueError(
+                    f"{name}={value!r} in the configuration file has the wrong type: give {type_name(kind)}"
+                )
         return super().set_defaults_with_config(**settings)
 
     def parse_known_args(self, *arguments: Any, **options: Any) -> tuple[Any, list[str]]:
@@ -41,7 +43,7 @@ class _Parser(TrlParser):
         return known, unknown
 
 
-def _fits(value: Any, kind: Any) -> bool:
+def fits(value: Any, kind: Any) -> bool:
     """Whether a value from YAML is of an option's type; a string is converted, or refused, where options are parsed.
 
     One value may stand for a list of one.
@@ -49,9 +51,9 @@ def _fits(value: Any, kind: Any) -> bool:
     if isinstance(value, str) or kind is Any:
         return True
     if len(_parts(kind)) > 1:
-        return any(_fits(value, part) for part in _parts(kind))
+        return any(fits(value, part) for part in _parts(kind))
     if get_origin(kind) is list:
-        return all(_fits(item, get_args(kind)[0]) for item in (value if isinstance(value, list) else [value]))
+        return all(fits(item, get_args(kind)[0]) for item in (value if isinstance(value, list) else [value]))
     if kind is float:
         return type(value) is float or (type(value) is int and abs(value) < 2**63)
     return type(value) is (get_origin(kind) or kind)
@@ -61,7 +63,8 @@ def _parts(kind: Any) -> tuple[Any, ...]:
     return get_args(kind) if isinstance(kind, UnionType) or get_origin(kind) is Union else (kind,)
 
 
-def _name(kind: Any) -> str:
+def type_name(kind: Any) -> str:
+    """A type as a user would write it."""
     return str(kind).removeprefix("<class '").removesuffix("'>")
 
 
