@@ -71,7 +71,7 @@ def examples(count: int):
 
 @pytest.fixture(autouse=True, scope="module")
 def _only_the_command_line():
-    """In a folder of its own, no run is started and the environment is put back; what a run does is tested elsewhere."""
+    """In a folder of its own, no run is started and the environment is put back."""
     environment, here = dict(os.environ), Path.cwd()
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)

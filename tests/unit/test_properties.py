@@ -447,7 +447,8 @@ def test_any_shape_follows_the_reference_slow(case: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"lora_alpha": HUGE}, {"lr": HUGE}, {"policy": "random", "random_shares": [0.5, HUGE]}, {"expert_ranks": [2**40]},
+        {"lora_alpha": HUGE}, {"lr": HUGE}, {"policy": "random", "random_shares": [0.5, HUGE]},
+        {"expert_ranks": [2**40]},
         {"eps": 1e-46}, {"eps": 1e39}, {"lora_alpha": 1e300}, {"top_k": "a\nb"}, {"score_fn": np.array([1, 2])},
         {"target_modules": [1, None]}, {"target_modules": []}, {"target_modules": "("}, {"exclude_modules": "["},
     ],
