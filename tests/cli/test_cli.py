@@ -163,8 +163,8 @@ def test_options_that_do_nothing_or_nonsense_are_refused(tmp_path, config, model
     assert "the trainer cannot be made" in fails(capsys, *train, "--report_to", "wandb")
     for text, message in (
         ("1: 2", "wrong type"),
-        ("learning_rate: [1]", "lr=[1]"),
-        ("lora_lr: true", "lora_lr=True"),
+        ("learning_rate: [1]", "learning_rate=[1] in the configuration file has the wrong type: give float"),
+        ("lora_lr: true", "lora_lr=True in the"),
     ):
         (tmp_path / "bad.yaml").write_text(config.read_text() + text + "\n")
         assert message in fails(capsys, "train", f"--config={tmp_path / 'bad.yaml'}", "--output_dir", tmp_path / "run")

@@ -18,7 +18,7 @@ from ..train.files import write_json
 from ..train.run import load_training_tokenizer
 from ..train.sweep import Run, plan, read_results, run_sweep
 from .parser import Parser
-from .train import parse
+from .train import fits, parse, type_name
 
 DESCRIPTION = """Methods x learning rates x seeds on one task and model, from a YAML file or from options.
 
@@ -28,6 +28,12 @@ Learning rates are chosen on a validation split and reported on a test split. Ev
 and goes to every run; in the YAML file a mapping ``per_method`` gives a method options of its own. A sweep that was
 interrupted goes on where it stopped, and several processes may share one folder.
 """
+
+
+_TYPES = {
+    "methods": list[str], "learning_rates": list[float], "seeds": list[int], "output_dir": str, "workers": int,
+    "threads": int, "keep_models": bool,
+}  # fmt: skip
 
 
 def run(argv: Sequence[str]) -> None:
@@ -43,8 +49,8 @@ def run(argv: Sequence[str]) -> None:
     common.setdefault("test_size", sizes)
     common = {"save_strategy": "no", "disable_tqdm": True, **common}
     runs = plan(options.methods, options.learning_rates, options.seeds, common, per_method)
-    task.load(common.get("dataset_path"), common.get("max_examples"))  # bad data stop the sweep before its first run
     _check(runs)
+    task.load(common.get("dataset_path"), common.get("max_examples"))  # bad data stop the sweep before its first run
     folder = Path(options.output_dir)
     print(f"{len(runs)} runs: {', '.join(options.methods)} x {options.learning_rates} x seeds {options.seeds}")
     run_sweep(runs, folder, workers=options.workers, threads=options.threads, keep_models=options.keep_models)
@@ -89,8 +95,11 @@ def _options(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any], d
     config = parser.parse_known_args(argv)[0].config
     settings = _read(config) if config else {}
     per_method = settings.pop("per_method", {})
-    if not isinstance(per_method, dict) or not all(isinstance(own, dict) for own in per_method.values()):
+    if not _is_mapping(per_method) or not all(_is_mapping(own) for own in per_method.values()):
         raise ValueError(f"per_method={per_method!r}: give a mapping from method to its options")
+    for name, kind in _TYPES.items():
+        if name in settings and not fits(settings[name], kind):
+            raise ValueError(f"{name}={settings[name]!r}: give {type_name(kind)}")
     names = {action.dest for action in parser._actions}
     parser.set_defaults(**{key: value for key, value in settings.items() if key in names})
     options, rest = parser.parse_known_args(argv)
@@ -110,9 +119,13 @@ def _read(path: Path) -> dict[str, Any]:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
-    if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
+    if not _is_mapping(settings):
         raise ValueError(f"{path} must hold a mapping of option names to values")
     return settings
+
+
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(key, str) for key in value)
 
 
 def _pairs(words: Sequence[str]) -> dict[str, Any]:
@@ -122,12 +135,20 @@ def _pairs(words: Sequence[str]) -> dict[str, Any]:
     for word in words:
         if word.startswith("--"):
             key, _, value = word[2:].partition("=")
-            pairs[key] = [yaml.safe_load(value)] if value else []
+            pairs[key] = [_value(value)] if value else []
         elif key is None:
             raise ValueError(f"unknown option: {word}")
         else:
-            pairs[key].append(yaml.safe_load(word))
+            pairs[key].append(_value(word))
     return {key: values[0] if len(values) == 1 else values or True for key, values in pairs.items()}
+
+
+def _value(word: str) -> Any:
+    """A word as YAML reads it; one that is not YAML, such as the regex "[qk]_proj", is a string."""
+    try:
+        return yaml.safe_load(word)
+    except (yaml.YAMLError, ValueError):  # ValueError: a date that is none
+        return word
 
 
 def _plain(rows: Sequence[Row]) -> list[dict[str, Any]]:

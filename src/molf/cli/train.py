@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from types import UnionType
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from trl import TrlParser
@@ -21,12 +22,50 @@ class _Parser(TrlParser):
         """Raise instead of printing the usage of three hundred options."""
         raise ValueError(message)
 
+    def set_defaults_with_config(self, **settings: Any) -> list[str]:
+        """Refuse a YAML value of another type than its option's: TrlParser takes what is not a string as it is."""
+        kinds = {name: kind for arguments in self.dataclass_types for name, kind in get_type_hints(arguments).items()}
+        for name, value in settings.items():
+            kind = kinds.get(name, Any)
+            if isinstance(value, (bool, int, float)) and str in _parts(kind) and type(value) not in _parts(kind):
+                settings[name] = str(value)  # such as a folder called 2026
+            elif not fits(value, kind):
+                raise ValueError(
+                    f"{name}={value!r} in the configuration file has the wrong type: give {type_name(kind)}"
+                )
+        return super().set_defaults_with_config(**settings)
+
     def parse_known_args(self, *arguments: Any, **options: Any) -> tuple[Any, list[str]]:
         """Refuse what is unknown before the known options are checked, so that the error names the typo."""
         known, unknown = super().parse_known_args(*arguments, **options)
         if unknown:
             raise ValueError(f"unknown option: {' '.join(unknown)}; molf train takes SFTConfig's names and its own")
         return known, unknown
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value from YAML is of an option's type; a string is converted, or refused, where options are parsed.
+
+    One value may stand for a list of one.
+    """
+    if isinstance(value, str) or kind is Any:
+        return True
+    if len(_parts(kind)) > 1:
+        return any(fits(value, part) for part in _parts(kind))
+    if get_origin(kind) is list:
+        return all(fits(item, get_args(kind)[0]) for item in (value if isinstance(value, list) else [value]))
+    if kind is float:
+        return type(value) is float or (type(value) is int and abs(value) < 2**63)
+    return type(value) is (get_origin(kind) or kind)
+
+
+def _parts(kind: Any) -> tuple[Any, ...]:
+    return get_args(kind) if isinstance(kind, UnionType) or get_origin(kind) is Union else (kind,)
+
+
+def type_name(kind: Any) -> str:
+    """A type as a user would write it."""
+    return str(kind).removeprefix("<class '").removesuffix("'>")
 
 
 def parse(argv: Sequence[str]) -> tuple[MethodArguments, TrainArguments]:
@@ -43,8 +82,8 @@ def parse(argv: Sequence[str]) -> tuple[MethodArguments, TrainArguments]:
         method, args = parser.parse_args_and_config(words)
     except yaml.YAMLError as error:
         raise ValueError(f"the configuration file is not YAML: {error}") from error
-    except TypeError as error:  # YAML gives an option a list or a key that is no name
-        raise ValueError(f"an option has a value of the wrong type: {error}") from error
+    except (TypeError, OverflowError) as error:  # a key that is no name; a number that is infinite or too large
+        raise ValueError(f"an option has a value of the wrong type or size: {error}") from error
     method.check_training(args)
     method.molf_config(args)
     return method, args

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import math
+import numbers
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 SCORE_FNS = ("epd", "pfn")
 POLICIES = ("score", "random", "fixed-dense", "fixed-lora")
+
+_FP32 = torch.finfo(torch.float32)  # moments and masters are float32, so a setting has to be a number there
+_LARGEST_RANK = 2**16
 
 
 def _help(text: str, default: Any) -> Any:
@@ -81,61 +88,82 @@ class MoLFConfig:
 
     def __post_init__(self) -> None:
         self._check_types()
-        ranks = (self.expert_ranks,) if isinstance(self.expert_ranks, int) else tuple(self.expert_ranks)
-        object.__setattr__(self, "expert_ranks", ranks)
-        object.__setattr__(self, "betas", tuple(self.betas))
+        self._check_patterns()
         self._check_experts()
         self._check_policy()
         self._check_numbers()
 
     def _check_types(self) -> None:
+        """Refuse what is of another type; numbers become Python's own: numpy's do not load with weights_only."""
         for name in ("lr", "lora_lr", "weight_decay", "lora_weight_decay", "eps", "lora_dropout", "max_grad_norm"):
             value = getattr(self, name)
             if not _is_number(value) and not (name == "max_grad_norm" and value is None):
                 raise ValueError(f"{name}={value!r}: must be a number (in YAML write 5.0e-5, not 5e-5)")
+            self._set(name, value if value is None else _float(value))
         if self.compile != "auto" and not isinstance(self.compile, bool):
             raise ValueError(f"compile={self.compile!r}: choose True, False or 'auto'")
         for name in ("train_base", "use_rslora", "keep_base", "moments_8bit", "train_other"):
             value = getattr(self, name)
             if not isinstance(value, bool) and not (name == "train_other" and value is None):
                 raise ValueError(f"{name}={value!r}: must be True or False")
-        if not isinstance(self.expert_ranks, (int, list, tuple)):
+        for name in ("top_k", "policy_seed"):
+            if not _is_integer(getattr(self, name)):
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be an integer")
+            self._set(name, int(getattr(self, name)))
+        ranks = (self.expert_ranks,) if _is_integer(self.expert_ranks) else self.expert_ranks
+        if not isinstance(ranks, (list, tuple)) or not all(_is_integer(rank) for rank in ranks):
             raise ValueError(f"expert_ranks={self.expert_ranks!r}: give the ranks as a list of integers")
-        alphas = self.lora_alpha if isinstance(self.lora_alpha, (list, tuple)) else [self.lora_alpha]
+        self._set("expert_ranks", tuple(int(rank) for rank in ranks))
+        several = isinstance(self.lora_alpha, (list, tuple))
+        alphas: Any = self.lora_alpha if several else [self.lora_alpha]
         if self.lora_alpha is not None and not all(_is_number(alpha) for alpha in alphas):
             raise ValueError(f"lora_alpha={self.lora_alpha!r}: give a number, or a list with one per expert")
+        if self.lora_alpha is not None:
+            self._set("lora_alpha", tuple(map(_float, alphas)) if several else _float(self.lora_alpha))
         if not isinstance(self.betas, (list, tuple)) or not all(_is_number(beta) for beta in self.betas):
             raise ValueError(f"betas={self.betas!r}: give two numbers")
+        self._set("betas", tuple(map(_float, self.betas)))
+
+    def _check_patterns(self) -> None:
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
-            if not isinstance(value, (str, list, tuple, set)) and not (name == "exclude_modules" and value is None):
+            if value is None and name == "exclude_modules":
+                continue
+            names = [value] if isinstance(value, str) else value
+            if not isinstance(names, (list, tuple, set)) or not all(isinstance(n, str) and n for n in names):
                 raise ValueError(f"{name}={value!r}: give 'all-linear', a regular expression, or a list of names")
+            if not names and name == "target_modules":
+                raise ValueError(f"{name}={value!r}: name at least one layer, or give 'all-linear'")
+            if isinstance(value, str):
+                try:
+                    re.compile(value)
+                except (re.error, OverflowError, RecursionError) as error:
+                    raise ValueError(f"{name}={value!r} is no regular expression: {error}") from error
+            elif isinstance(value, set):
+                self._set(name, sorted(value))
 
     def _check_experts(self) -> None:
-        for rank in self.expert_ranks:
-            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-                raise ValueError(f"expert_ranks={self.expert_ranks}: every rank must be a positive integer")
+        if not all(1 <= rank <= _LARGEST_RANK for rank in self.expert_ranks):
+            raise ValueError(f"expert_ranks={self.expert_ranks}: every rank must be from 1 to {_LARGEST_RANK}")
         if not self.experts:
             raise ValueError("expert_ranks=() with train_base=False leaves nothing to train: give at least one rank")
-        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or not 1 <= self.top_k <= len(self.experts):
+        if not 1 <= self.top_k <= len(self.experts):
             raise ValueError(
                 f"top_k={self.top_k}: choose from 1 to {len(self.experts)}, the number of experts {self.experts}"
             )
-        if self.score_fn not in SCORE_FNS:
+        if not isinstance(self.score_fn, str) or self.score_fn not in SCORE_FNS:
             raise ValueError(f"score_fn={self.score_fn!r}: choose one of {', '.join(SCORE_FNS)}")
         if isinstance(self.lora_alpha, Sequence) and len(self.lora_alpha) != len(self.expert_ranks):
             raise ValueError(
                 f"lora_alpha={tuple(self.lora_alpha)}: give one number, or one per expert of "
                 f"expert_ranks={self.expert_ranks}"
             )
-        if not all(0 < scale < math.inf for scale in self.scales):
-            raise ValueError(f"lora_alpha={self.lora_alpha}: must be positive and finite")
+        if not all(_FP32.tiny <= scale <= _FP32.max for scale in self.scales):
+            raise ValueError(f"lora_alpha={self.lora_alpha}: must be positive, and the scales within float32's range")
 
     def _check_policy(self) -> None:
-        if self.policy not in POLICIES:
+        if not isinstance(self.policy, str) or self.policy not in POLICIES:
             raise ValueError(f"policy={self.policy!r}: choose one of {', '.join(POLICIES)}")
-        if isinstance(self.policy_seed, bool) or not isinstance(self.policy_seed, int):
-            raise ValueError(f"policy_seed={self.policy_seed!r}: must be an integer")
         if self.policy == "random":
             self._check_shares()
         elif self.random_shares is not None:
@@ -151,27 +179,32 @@ class MoLFConfig:
         shares = self.random_shares
         if not isinstance(shares, (list, tuple)) or not all(_is_number(share) for share in shares):
             raise ValueError(f"random_shares={shares!r}: policy='random' needs one number per expert of {self.experts}")
+        shares = tuple(map(_float, shares))
         if len(shares) != len(self.experts) or not all(0 <= share < math.inf for share in shares):
-            raise ValueError(
-                f"random_shares={tuple(shares)}: give one share, not negative, per expert of {self.experts}"
-            )
+            raise ValueError(f"random_shares={shares}: give one share, not negative, per expert of {self.experts}")
         if sum(share > 0 for share in shares) < self.top_k:
-            raise ValueError(f"random_shares={tuple(shares)}: at least top_k={self.top_k} must be positive")
-        object.__setattr__(self, "random_shares", tuple(float(share) for share in shares))
+            raise ValueError(f"random_shares={shares}: at least top_k={self.top_k} must be positive")
+        self._set("random_shares", shares)
 
     def _check_numbers(self) -> None:
         for name in ("lr", "lora_lr", "weight_decay", "lora_weight_decay"):
             value = getattr(self, name)
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{name}={value}: must be finite and not negative")
-        if not 0 < self.eps < math.inf:
-            raise ValueError(f"eps={self.eps}: must be positive, because the score divides by sqrt(v) + eps")
+            if not 0 <= value <= _FP32.max:
+                raise ValueError(f"{name}={value}: must be finite, not negative, and within float32's range")
+        if not _FP32.tiny <= self.eps <= _FP32.max:  # a smaller one is 0 in float32, and no gradient then gives 0/0
+            raise ValueError(
+                f"eps={self.eps}: must be positive in float32, from {_FP32.tiny:.2e}, because the score divides by "
+                "sqrt(v) + eps"
+            )
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas={self.betas}: give two numbers from 0 up to, not including, 1")
-        if self.max_grad_norm is not None and not 0 < self.max_grad_norm < math.inf:
+        if self.max_grad_norm is not None and not _FP32.tiny <= self.max_grad_norm < math.inf:
             raise ValueError(f"max_grad_norm={self.max_grad_norm}: must be positive; use None for no clipping")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout={self.lora_dropout}: must be from 0 up to, not including, 1")
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
 
     @property
     def experts(self) -> tuple[str, ...]:
@@ -204,4 +237,16 @@ class MoLFConfig:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _float(value: Any) -> float:
+    """A number as a float; an integer beyond its range as infinity, which the range checks refuse."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf

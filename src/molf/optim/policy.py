@@ -43,4 +43,9 @@ def priorities(config: MoLFConfig, scores: Tensor, turns: Sequence[tuple[int, in
 def _draw(config: MoLFConfig, key: str) -> list[float]:
     uniform = random.Random(key)  # a string is hashed by SHA-512: the same on every machine, nearby keys unrelated
     draws = [math.log(1 - uniform.random()) for _ in config.experts]
-    return [u / w if w else -math.inf for u, w in zip(draws, config.random_shares or (), strict=True)]
+    return [_rank(u, w) if w else -math.inf for u, w in zip(draws, config.random_shares or (), strict=True)]
+
+
+def _rank(u: float, w: float) -> float:
+    """Ordered like u / w for u <= 0 < w, but in the range of float32 however small w is."""
+    return math.log(w) - math.log(-u) if u else math.inf

@@ -192,7 +192,9 @@ class TrainArguments(SFTConfig):
     bf16: bool | None = _help("bf16 mixed precision; default on a GPU.")
     activation_checkpointing: bool | None = _help("transformers' new name for gradient_checkpointing.")
     dataloader_pin_memory: bool = _help("Pin memory of batches; default on a GPU.", torch.cuda.is_available())
-    report_to: str = _help("Where to log: none, tensorboard, wandb, trackio, ...", "none")
+    report_to: None | str | list[str] = field(  # noqa: RUF036  the parser takes the order of TrainingArguments alone
+        default="none", metadata={"help": "Where to log: none, tensorboard, wandb, trackio, ..."}
+    )
 
     def __post_init__(self) -> None:
         if self.bf16 is None:

@@ -55,7 +55,9 @@ class Run:
     @property
     def key(self) -> str:
         """Sixteen hex digits of the hash of the resolved configuration and of the data that it names."""
-        text = json.dumps([self.arguments, _fingerprint(dict(self.options).get("dataset_path"))], sort_keys=True)
+        text = json.dumps(
+            [self.arguments, _fingerprint(dict(self.options).get("dataset_path"))], sort_keys=True, default=str
+        )
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
