@@ -124,12 +124,9 @@ def check_gradients(grads: Sequence[tuple[str, Tensor]], limit: float | None) ->
     """
     if not grads:
         return GradientCheck((), torch.zeros(0), None, None)
-    clip = None
-    if limit is None:
-        values = stack([g.sum(dtype=torch.promote_types(g.dtype, torch.float32)) for _, g in grads])
-    else:
-        wide = [(g, torch.promote_types(g.dtype, torch.float32)) for _, g in grads]
-        values = stack([torch.linalg.vector_norm(g, dtype=dtype) for g, dtype in wide])
+    tensors, clip = [grad for _, grad in grads], None
+    values = stack(_sums(tensors) if limit is None else _norms(tensors))
+    if limit is not None:
         clip = (limit / (torch.linalg.vector_norm(values.double()) + 1e-6)).clamp(max=1.0)
     names = tuple(name for name, _ in grads)
     if not on_host(values):
@@ -142,3 +139,18 @@ def check_gradients(grads: Sequence[tuple[str, Tensor]], limit: float | None) ->
 def on_host(values: Tensor) -> bool:
     """Whether reading the values waits for no device."""
     return values.device.type == "cpu"
+
+
+def _norms(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """L2 norms, accumulated in fp32 at least."""
+    return [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in tensors]
+
+
+def _sums(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Sums, accumulated in fp32 at least; of small tensors norms, which torch computes for all in one call."""
+    small = [i for i, g in enumerate(tensors) if g.numel() < 2**15 and g.dtype == torch.float32]
+    found = dict(zip(small, torch._foreach_norm([tensors[i] for i in small]) if small else (), strict=True))
+    for i, g in enumerate(tensors):
+        if i not in found:
+            found[i] = g.sum(dtype=torch.promote_types(g.dtype, torch.float32))
+    return [found[i] for i in range(len(tensors))]

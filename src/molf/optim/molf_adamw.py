@@ -30,10 +30,7 @@ from .policy import priorities
 from .quantized import is_quantized
 from .routing import Decision, Routing, decide
 from .scalars import stack
-from .state import MoLFState
-
-Other = tuple[dict[str, Any], Tensor]
-"""A parameter that is not routed, with its group."""
+from .state import MoLFState, Unrouted
 
 
 class MoLFAdamW(MoLFState):
@@ -113,20 +110,21 @@ class MoLFAdamW(MoLFState):
         active = [module for module in self.modules if self._has_gradients(module)]
         self._check_resumed({module.name for module in active})
         self._decisions = []
-        self._step(active, [other for other in self._others() if other[1].grad is not None])
+        self._step(active, [each for each in self._others() if each.parameter.grad is not None])
         self._remember_written()
 
-    def _step(self, active: Sequence[RoutedModule], others: Sequence[Other]) -> None:
+    def _step(self, active: Sequence[RoutedModule], others: Sequence[Unrouted]) -> None:
         """One step of these modules and of these parameters that are not routed.
 
         On an accelerator the one read of the step is that of the winners. Whether all gradients are finite comes with
         it; until then a gate on the device keeps the moments as they are if that is not so.
         """
         self._coefficients.clear()
+        self._pairs.clear()
         pairs = [self._pair_gradients(module) for module in active] if self.config.expert_ranks else []
         check = self._check_gradients(active, others, pairs)
         steps = [self.state[self._parameter(slot)]["step"] for module in active for slot in module.slots]
-        steps += [self.state[parameter]["step"] for _, parameter in others]
+        steps += [self.state[each.parameter]["step"] for each in others]
         if not steps:
             return
         counts = dict(zip(map(id, steps), (torch.stack(steps) + 1).tolist(), strict=True))
@@ -165,7 +163,8 @@ class MoLFAdamW(MoLFState):
             owners = [i for i, module in enumerate(active) for _ in module.dense_slots]
             dense = [self._parameter(slot) for module in active for slot in module.dense_slots]
             jobs = [flat(_gradient(p), *self._trained(p)[1:3]) for p in dense]
-            sums = stack([each.sum() for each in self._run_tracking("dense", jobs, check)])
+            found = self._run_tracking("dense", jobs, check)
+            sums = stack([each.sum() if each.dim() else each for each in found])
             total = sums.new_zeros(len(active)).index_add_(0, torch.tensor(owners, device=sums.device), sums)
             columns.append(total[:, None])
         if self.config.expert_ranks:
@@ -202,7 +201,8 @@ class MoLFAdamW(MoLFState):
         """What decides in place of the scores; None in MoLF."""
         if self.config.policy == "score":
             return None
-        turns = [(self.modules.index(module), int(self._count(module.slots[0], counts))) for module in active]
+        index = {module.name: i for i, module in enumerate(self.modules)}
+        turns = [(index[module.name], int(self._count(module.slots[0], counts))) for module in active]
         return priorities(self.config, scores, turns)
 
     def _update(
@@ -245,11 +245,11 @@ class MoLFAdamW(MoLFState):
                 winner = won[self._segments_on(won.device)][:, None]
             jobs[self._key(groups, count, theta.value, folds)].append((*theta, winner))
 
-    def _step_others(self, others: Sequence[Other], check: GradientCheck, counts: Mapping[int, float]) -> None:
+    def _step_others(self, others: Sequence[Unrouted], check: GradientCheck, counts: Mapping[int, float]) -> None:
         """AdamW for what is not routed."""
         values: dict[int, Tensor] = {}
         jobs: dict[tuple[Any, ...], list[Any]] = defaultdict(list)
-        for group, parameter in others:
+        for group, parameter, _ in others:
             theta = self._trained(parameter, values)
             key = self._key([group], counts[id(self.state[parameter]["step"])], theta.value)
             jobs[(*key, group["betas"])].append(flat(*theta, _gradient(parameter)))
@@ -257,7 +257,7 @@ class MoLFAdamW(MoLFState):
             c = self._coefficients[key[:-1]]
             clip, _ = check.on(c.decay.device, c.decay.dtype)
             self._passes.run(unrouted_all, listed, (Tracking(key[-1], c.eps, self.config.score_fn, clip), c))
-        for _, parameter in others:
+        for _, parameter, _ in others if values else ():
             self._write(parameter, values)
 
     def _pair_gradients(self, module: RoutedModule) -> tuple[Tensor, Tensor]:
@@ -268,7 +268,7 @@ class MoLFAdamW(MoLFState):
             folds = self._per_rank(module.folds(self.config.scales), A.exp_avg)[:, None]
             return _gradient(self._parameter(module.lora_A)), grad_B * folds
         G = _gradient(self._parameter(module.slots[0])).to(A.value.dtype)
-        return virtual.gradients(G, A.value, B.value.T, self._per_rank(self.config.scales, G), module.transposed)
+        return virtual.gradients(G.T if module.transposed else G, A.value, B.value, self._scales(A.value))
 
     def _key(
         self, groups: Sequence[Mapping[str, Any]], n: float, value: Tensor, folds: tuple[float, ...] = (1.0,)
@@ -297,7 +297,7 @@ class MoLFAdamW(MoLFState):
         return all(present)
 
     def _check_gradients(
-        self, active: Sequence[RoutedModule], others: Sequence[Other], pairs: Sequence[tuple[Tensor, Tensor]]
+        self, active: Sequence[RoutedModule], others: Sequence[Unrouted], pairs: Sequence[tuple[Tensor, Tensor]]
     ) -> GradientCheck:
         """Whether every gradient is finite, and the clipping factor min(1, c / (‖g‖ + 1e-6)).
 
@@ -316,8 +316,7 @@ class MoLFAdamW(MoLFState):
                 if not seen_in_B:
                     found.append((self._name(slot), _gradient(self._parameter(slot))))
             found += [(module.name, grad) for grad in pairs[i]] if pairs else []
-        names = {id(p): name for g in self.param_groups for name, p in zip(g["param_names"], g["params"], strict=True)}
-        found += [(names[id(parameter)], _gradient(parameter)) for _, parameter in others]
+        found += [(each.name, _gradient(each.parameter)) for each in others]
         return check_gradients(found, limit)
 
     def _name(self, slot: tuple[int, int]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,14 @@ from .guards import WrittenTensors
 from .layout import RoutedModule, Slot
 
 _IN_EVERY_GROUP = tuple("betas eps expert_ranks scales score_fn top_k policy random_shares policy_seed".split())
+
+
+class Unrouted(NamedTuple):
+    """A parameter that is not routed, with its group and name."""
+
+    group: dict[str, Any]
+    parameter: Tensor
+    name: str
 
 
 class MoLFState(Optimizer):
@@ -35,6 +43,8 @@ class MoLFState(Optimizer):
         self.experts = config.experts
         self.modules = tuple(modules)
         self._segments: dict[torch.device, Tensor] = {}
+        self._spread: dict[tuple[Any, ...], Tensor] = {}
+        self._pairs: dict[str, tuple[Trained, Trained]] = {}
         self._written = WrittenTensors()
         defaults = {
             "lr": config.lr,
@@ -55,7 +65,13 @@ class MoLFState(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """All attributes but the caches and the hooks, so that copies and pickles work."""
         own = ("config", "experts", "modules", "_written")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}, "_segments": {}}
+        return {
+            **super().__getstate__(),
+            **{name: getattr(self, name) for name in own},
+            "_segments": {},
+            "_spread": {},
+            "_pairs": {},
+        }
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group and make the state of its parameters at once; a group without "expert" is not routed.
@@ -90,8 +106,8 @@ class MoLFState(Optimizer):
             if self._is_virtual(module):
                 self._own_base(self._parameter(module.slots[0]))
             self._write_module(module, {})
-        for _, parameter in self._others():
-            self._write(parameter, {})
+        for each in self._others():
+            self._write(each.parameter, {})
         self._remember_written()
 
     @torch.no_grad()
@@ -145,10 +161,18 @@ class MoLFState(Optimizer):
         if "base" in state and virtual.shares_storage(state["base"], weight):
             state["base"] = weight.detach().clone()
 
-    def _low_rank(self, module: RoutedModule) -> tuple[Tensor, Tensor]:
-        """Two factors of Σ s_i B_i A_i, laid out like the weight."""
+    def _add_experts(self, module: RoutedModule, base: Tensor, sign: int = 1, out: Tensor | None = None) -> Tensor:
+        """``base`` ± Σ s_i B_i A_i, laid out like the weight."""
         state = self.state[self._parameter(module.slots[0])]
-        return virtual.product(state, self._per_rank(self.config.scales, state["lora_B"]), module.transposed)
+        A, B = state["lora_A"], state["lora_B"]
+        alpha, B = virtual.scaled(B, self._scales(B))
+        pair = (A.T, B.T) if module.transposed else (B, A)
+        return torch.addmm(base, *pair, alpha=sign * alpha, out=out)
+
+    def _scales(self, like: Tensor) -> float | Tensor:
+        """The scale s of the LoRA experts: a number where all have the same, else one per rank, (R,)."""
+        scales = self.config.scales
+        return scales[0] if len(set(scales)) == 1 else self._per_rank(scales, like)
 
     def _write_module(self, module: RoutedModule, values: Mapping[int, Tensor]) -> None:
         """Let a module's tensors in the model follow: P = W + Σ s_i B_i A_i, accumulated and rounded once."""
@@ -158,7 +182,7 @@ class MoLFState(Optimizer):
             base = values.get(id(weight), self.state[weight].get("base", weight))
             if base is not weight and not virtual.shares_storage(base, weight):
                 in_place = base.dtype == weight.dtype
-                stored = torch.addmm(base, *self._low_rank(module), out=weight if in_place else None)
+                stored = self._add_experts(module, base, out=weight if in_place else None)
                 if not in_place:
                     self._store(weight, stored)
             slots = slots[1:]
@@ -182,7 +206,7 @@ class MoLFState(Optimizer):
         weight = self._parameter(module.slots[0])
         if "base" not in self.state[weight]:
             dtype = moment_dtype(weight)
-            values[id(weight)] = torch.addmm(weight.detach().to(dtype), *self._low_rank(module), alpha=-1)
+            values[id(weight)] = self._add_experts(module, weight.detach().to(dtype), sign=-1)
         elif lora_moves:
             self._own_base(weight)
 
@@ -197,7 +221,7 @@ class MoLFState(Optimizer):
             base = self.state[weight].get("base")
             if self._is_virtual(module) and base is not None:
                 shared = virtual.shares_storage(base, weight)
-                yield module.name, weight, weight if shared else torch.addmm(base, *self._low_rank(module))
+                yield module.name, weight, weight if shared else self._add_experts(module, base)
 
     def _rewritten(self) -> Iterator[Tensor]:
         return (p for group in self.param_groups for p in group["params"] if "base" in self.state[p])
@@ -208,9 +232,13 @@ class MoLFState(Optimizer):
     def _remember_written(self) -> None:
         self._written.remember(self._rewritten())
 
-    def _others(self) -> list[tuple[dict[str, Any], Tensor]]:
-        groups = [group for group in self.param_groups if group["expert"].startswith("other")]
-        return [(group, parameter) for group in groups for parameter in group["params"]]
+    def _others(self) -> list[Unrouted]:
+        return [
+            Unrouted(group, parameter, name)
+            for group in self.param_groups
+            if group["expert"].startswith("other")
+            for parameter, name in zip(group["params"], group["param_names"], strict=True)
+        ]
 
     def _parameter(self, slot: Slot) -> Tensor:
         return self.param_groups[slot[0]]["params"][slot[1]]
@@ -241,18 +269,27 @@ class MoLFState(Optimizer):
         return Trained(value, state["exp_avg"], state["exp_avg_sq"], store)
 
     def _pair(self, module: RoutedModule, values: dict[int, Tensor] | None = None) -> tuple[Trained, Trained]:
-        """The stacked A (R, in) and Bᵀ (R, out) with their moments."""
+        """The stacked A (R, in) and Bᵀ (R, out) with their moments; looked up once in a step."""
+        if module.name in self._pairs and (values is None or self.config.keep_base):
+            return self._pairs[module.name]
         if module.lora_A is not None and module.lora_B is not None:
             A, B = (self._trained(self._parameter(slot), values) for slot in (module.lora_A, module.lora_B))
         else:
             state = self.state[self._parameter(module.slots[0])]
             A = Trained(state["lora_A"], state["lora_A_exp_avg"], state["lora_A_exp_avg_sq"])
             B = Trained(state["lora_B"], state["lora_B_exp_avg"], state["lora_B_exp_avg_sq"])
-        return A, Trained(B.value.T, B.exp_avg.T, B.exp_avg_sq.T, None if B.store is None else B.store.T)
+        pair = A, Trained(B.value.T, B.exp_avg.T, B.exp_avg_sq.T, None if B.store is None else B.store.T)
+        self._pairs[module.name] = pair
+        return pair
 
     def _per_rank(self, per_expert: Sequence[float], like: Tensor) -> Tensor:
         """One number per LoRA expert, spread over the rank axis, (R,)."""
-        return like.new_tensor(per_expert)[self._segments_on(like.device)]
+        key = (*per_expert, like.dtype, like.device)
+        if key not in self._spread:
+            if len(self._spread) > 64:  # learning rates change at every step
+                self._spread.clear()
+            self._spread[key] = like.new_tensor(per_expert)[self._segments_on(like.device)]
+        return self._spread[key]
 
     def _segments_on(self, device: torch.device) -> Tensor:
         """The LoRA expert of every rank: ranks (2, 3) give [0, 0, 1, 1, 1]."""

@@ -30,16 +30,24 @@ def shares_storage(base: Tensor, weight: Tensor) -> bool:
     return base.dtype == weight.dtype and base.data_ptr() == weight.data_ptr()
 
 
-def product(state: dict[str, Any], scales: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
-    """Two factors of Σ s_i B_i A_i, laid out like the weight."""
-    A, B = state["lora_A"], state["lora_B"] * scales
-    return (A.T, B.T) if transposed else (B, A)
+def scaled(factor: Tensor, scales: float | Tensor) -> tuple[float, Tensor]:
+    """α and F with α F = s ⊙ factor along the last dimension; a single s is left to the product that follows."""
+    return (1.0, factor * scales) if isinstance(scales, Tensor) else (scales, factor)
 
 
-def gradients(G: Tensor, A: Tensor, B: Tensor, scales: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
-    """dL/dA_i = s_i B_iᵀ G (R, in), and the transpose of dL/dB_i = s_i G A_iᵀ, (R, out), from G = dL/dP."""
-    G = G.T if transposed else G
-    return (B * scales).T @ G, (A @ G.T).mul_(scales[:, None])
+def gradients(G: Tensor, A: Tensor, Bt: Tensor, scales: float | Tensor) -> tuple[Tensor, Tensor]:
+    """dL/dA_i = s_i B_iᵀ G (R, in), and the transpose of dL/dB_i = s_i G A_iᵀ, (R, out), from G = dL/dP (out, in).
+
+    Args:
+        G: The gradient, its rows the outputs.
+        A: (R, in).
+        Bt: Bᵀ, (R, out).
+        scales: One s, or s_i over the ranks, (R,).
+    """
+    if isinstance(scales, Tensor):
+        return (Bt @ G).mul_(scales[:, None]), (A @ G.T).mul_(scales[:, None])
+    nothing = G.new_zeros(())
+    return torch.addmm(nothing, Bt, G, beta=0, alpha=scales), torch.addmm(nothing, A, G.T, beta=0, alpha=scales)
 
 
 def round_stochastically(value: Tensor, store: Tensor) -> None:
