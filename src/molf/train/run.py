@@ -61,6 +61,7 @@ def train(method: MethodArguments, args: TrainArguments) -> dict[str, Any]:
     tokenizer = load_training_tokenizer(method, args)
     with naming(method.model_name_or_path):
         model = load_model(method.model_name_or_path, method.dtype, **_hub(method, args))
+    resolved["model_commit"] = getattr(model.config, "_commit_hash", None)
     dataset, cut = _fit(task, dataset, scored, model, tokenizer, method, args.max_length)
     adapted = Adapted(model, method.method, config) if spec.saves_adapter(config) else None
     adalora = AdaLoraCallback()
