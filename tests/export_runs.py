@@ -35,10 +35,11 @@ def make_run(
     config: MoLFConfig,
     *,
     other: bool = False,
+    size: float = 0.05,
     shard: str = "5GB",
     **arguments: Any,
 ) -> Path:
-    """A finished run: noise in the linear layers or in the adapter, and with ``other`` in everything else."""
+    """A finished run: noise of ``size`` in the linear layers or the adapter, and with ``other`` in everything else."""
     options = {"dataset_path": None, "task": "world-fact", "dtype": "auto", **arguments}
     quantization = options.pop("quantization", None)
     options = {**asdict(MethodArguments(str(base), method=method, task="world-fact")), **options}
@@ -49,7 +50,7 @@ def make_run(
     for name, p in model.named_parameters():
         if ".lora_" in name or (method == "molf" and (other or "_proj.weight" in name or ".c_" in name)):
             with torch.no_grad():
-                p.add_(0.05 * torch.randn(p.shape, generator=noise).to(p))
+                p.add_(size * torch.randn(p.shape, generator=noise).to(p))
     model.save_pretrained(folder, max_shard_size=shard)
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED_MODEL)
     tokenizer.chat_template = TEMPLATE

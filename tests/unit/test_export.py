@@ -177,15 +177,34 @@ def test_delta_loses_nothing_silently(tmp_path) -> None:
     assert dropped["difference"]["kl"] > 1e3 * whole["difference"]["kl"]
     assert "Left out: model.embed_tokens.weight" in (tmp_path / "dropped" / "README.md").read_text()
     gpt2 = make_run(tmp_path / "gpt2", make_base(tmp_path / "base2", "gpt2"), "molf", MOLF, other=True)
-    with pytest.raises(
-        ValueError, match=r"transformer.wte, which is tied, and PEFT cannot carry that tie: use --to merged"
-    ):
+    with pytest.raises(ValueError, match=r"transformer.wte, which is tied, and PEFT cannot carry that tie: use --to"):
         made(gpt2, tmp_path / "none", "delta", rank=32)
-    made(gpt2, tmp_path / "gpt2-dropped", "delta", rank=32, drop_other=True)
+    made(gpt2, tmp_path / "gpt2-dropped", "delta", rank=32, drop_other=True, tolerance=10)
     with pytest.raises(ValueError, match="rank=33: choose from 1 to 32"):
         made(run, tmp_path / "none", "delta", rank=33)
     with pytest.raises(ValueError, match="rank=0: choose from 1 to 32"):
         made(run, tmp_path / "none", "delta", rank=0)
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_delta_must_be_nearer_than_the_base(tmp_path, monkeypatch) -> None:
+    run = make_run(tmp_path / "run", make_base(tmp_path / "base", "gpt2"), "molf", MOLF)
+    assert made(run, tmp_path / "out", "delta", rank=32, tolerance=1e-4)["energy"]["total"] == pytest.approx(1)
+    with pytest.raises(ValueError, match=r"differs from the trained model: .* the tolerance is 0.0001"):
+        made(run, tmp_path / "none", "delta", rank=2, tolerance=1e-4)
+    make = molf.export.make.make_delta
+
+    def reversed_delta(*arguments: Any) -> Any:
+        delta = make(*arguments)
+        for name, p in delta.model.named_parameters():
+            if ".lora_B." in name:  # twice the change away from the trained model
+                p.data.mul_(-1)
+        return delta
+
+    run = make_run(tmp_path / "run2", make_base(tmp_path / "base2", "llama"), "molf", MOLF, size=0.005)
+    monkeypatch.setattr(molf.export.make, "make_delta", reversed_delta)
+    with pytest.raises(ValueError, match=r"no nearer to the trained model than the base is .* choose a higher --rank"):
+        made(run, tmp_path / "none", "delta", rank=32)
     assert not (tmp_path / "none").exists()
 
 
