@@ -7,9 +7,11 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from molf.assets import BUNDLED_MODEL
@@ -123,6 +125,43 @@ def test_an_export_replaces_an_older_one_and_nothing_else(tmp_path, capsys, molf
     assert {path.name: path.read_bytes() for path in out.iterdir()} == older
     assert "is there and no export of molf" in refused(capsys, run, "--to", "adapter", "--output_dir", run)
     assert not list(run.glob(".*"))
+
+
+@pytest.fixture
+def hub_id(tmp_path, monkeypatch) -> tuple[str, str]:
+    """A hub id in the local cache, with the bundled model as "dev" and another one as "main"; and dev's commit."""
+    cache = tmp_path / "hub"
+    for branch, commit in (("main", "a" * 40), ("dev", "b" * 40)):
+        snapshot = cache / "models--owner--tiny" / "snapshots" / commit
+        shutil.copytree(BUNDLED_MODEL, snapshot)
+        if branch == "main":
+            tensors = load_file(snapshot / "model.safetensors")
+            save_file(
+                {key: 1.5 * value for key, value in tensors.items()}, snapshot / "model.safetensors", {"format": "pt"}
+            )
+        (cache / "models--owner--tiny" / "refs").mkdir(exist_ok=True)
+        (cache / "models--owner--tiny" / "refs" / branch).write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    return "owner/tiny", "b" * 40
+
+
+@pytest.mark.filterwarnings("ignore:Could not find a config file in owner/tiny:UserWarning")  # PEFT asks the hub
+@pytest.mark.parametrize(("method", "form"), [("molf-e", ["adapter"]), ("molf", ["delta", "--rank", "8"])])
+def test_the_base_is_the_commit_that_was_trained_on(tmp_path, hub_id, method: str, form: list[str]) -> None:
+    """Also after the branch has moved on: the run and the export name the commit, and it is loaded."""
+    name, commit = hub_id
+    run = trained(
+        tmp_path / "run", method, "--expert_ranks", "4", "--model_name_or_path", name, "--model_revision", "dev"
+    )
+    assert json.loads((run / "run.json").read_text())["model_commit"] == commit
+    (tmp_path / "hub" / "models--owner--tiny" / "refs" / "dev").write_text("a" * 40)
+    record = exported(run, tmp_path / "out", "--to", *form)
+    assert record["revision"] == commit
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["revision"] == commit
+    assert record["difference"]["kl"] < 1  # main would be another model altogether
+    if method == "molf-e":  # and molf train's own adapter says so
+        assert json.loads((run / "adapter_config.json").read_text())["revision"] == commit
+        assert record["difference"]["max_abs"] == 0
 
 
 def test_prompts_where_the_data_are_gone(tmp_path, facts, capsys) -> None:

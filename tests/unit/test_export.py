@@ -15,8 +15,8 @@ import molf.export.make
 from export_runs import TEMPLATE, make_base, make_run
 from molf import MoLFConfig
 from molf.export.make import ExportOptions, export
-from molf.export.run import quantization_config
 from molf.export.verify import difference, rounding_tolerance
+from molf.train.quantize import quantized
 
 EXPERTS = MoLFConfig(expert_ranks=(2, 4), train_base=False)
 MOLF = MoLFConfig(expert_ranks=(4,))
@@ -125,7 +125,10 @@ def test_the_adapter_is_the_runs(tmp_path) -> None:
     assert report["difference"]["max_abs"] == 0
     source, same = tensors(run), tensors(tmp_path / "out")
     assert all(torch.equal(value, same[key]) for key, value in source.items())
-    assert AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out").peft_config["default"].r == 6
+    config = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out").peft_config["default"]
+    assert (config.r, config.lora_alpha, config.base_model_name_or_path) == (6, 6, str(moved))
+    plain = (config.bias, config.modules_to_save, config.use_dora, config.rank_pattern, config.alpha_pattern)
+    assert plain == ("none", None, False, {}, {})  # what servers of LoRA ask for
     made_half = export(run, tmp_path / "half", ExportOptions("adapter", dtype="bfloat16"), base=str(moved))
     assert made_half["dtype"] == "bfloat16"
     assert all(torch.equal(v.bfloat16(), tensors(tmp_path / "half")[k]) for k, v in source.items())
@@ -228,7 +231,7 @@ def test_a_quantised_base_is_merged_only_when_dequantised(tmp_path, kind: str) -
     report = made(run, tmp_path / "out", "merged", dequantize=True)
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     layer = "model.layers.0.mlp.up_proj"
-    quantised = AutoModelForCausalLM.from_pretrained(base, quantization_config=quantization_config(kind))
+    quantised = AutoModelForCausalLM.from_pretrained(base, **quantized(kind, torch.device("cpu"), torch.float32))
     units = torch.eye(64)
     weight = quantised.get_submodule(layer)(units).T.detach().double()
     original, merged = tensors(base)[f"{layer}.weight"].double(), tensors(tmp_path / "out")[f"{layer}.weight"]

@@ -13,11 +13,11 @@ from peft import PeftModel
 from peft.utils.integrations import dequantize_module_weight
 from safetensors import SafetensorError
 from torch import nn
-from transformers import BitsAndBytesConfig, TorchAoConfig
 
 from ..optim import MoLFConfig
 from ..train.load import load_model, load_tokenizer, naming
 from ..train.methods import METHODS
+from ..train.quantize import PACKAGES, quantized
 
 ADAPTER = "adapter_model.safetensors"
 
@@ -59,8 +59,7 @@ class TrainedRun:
     @property
     def quantized(self) -> dict[str, Any]:
         """What ``from_pretrained`` needs to quantise the base as it was for training; empty if it was not."""
-        config = quantization_config(self.quantization)
-        return {} if config is None else {"quantization_config": config}
+        return quantized(self.quantization, torch.device("cpu"), torch.float32)
 
     def load_base(self) -> tuple[Any, torch.dtype]:
         """The base model in float32, and the precision that it was trained in; see ``in_float32``.
@@ -129,6 +128,8 @@ def read_run(folder: Path, base: str | None = None, trust_remote_code: bool = Fa
         weights = [ADAPTER] if run.has_adapter else ["model.safetensors", "model.safetensors.index.json"]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'run.json'} is of another version of molf: {error}") from error
+    if run.quantization not in PACKAGES:
+        raise ValueError(f"quantization={run.quantization!r} of {folder / 'run.json'} is unknown here: update molf")
     if not any((folder / name).is_file() for name in weights):
         raise ValueError(f"{unfinished} (no {weights[0]} in it): {_CONTINUE}")
     return run
@@ -146,25 +147,6 @@ def _read(path: Path, problem: str) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     return found
-
-
-def quantization_config(name: str) -> Any:
-    """The configuration of a quantised base, as transformers takes it and as it was trained; None for "none".
-
-    Raises:
-        ValueError: If there is no such quantisation.
-    """
-    if name == "bnb-4bit":
-        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    if name == "bnb-8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    if name == "torchao-int8":
-        from torchao.quantization import Int8WeightOnlyConfig  # torchao is optional
-
-        return TorchAoConfig(Int8WeightOnlyConfig())
-    if name != "none":
-        raise ValueError(f"quantization={name!r} in run.json is unknown to this version of molf: update it")
-    return None
 
 
 def in_float32(model: Any) -> tuple[Any, torch.dtype]:
