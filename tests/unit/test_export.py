@@ -187,6 +187,10 @@ def test_delta_loses_nothing_silently(tmp_path) -> None:
         made(run, tmp_path / "none", "delta", rank=33)
     with pytest.raises(ValueError, match="rank=0: choose from 1 to 32"):
         made(run, tmp_path / "none", "delta", rank=0)
+    for other, problem in (("llama", "is not the base of"), (None, "there is no change to export")):
+        base = run if other is None else make_base(tmp_path / other, other)
+        with pytest.raises(ValueError, match=problem):
+            export(run, tmp_path / "none", ExportOptions("delta", rank=2), base=str(base))
     assert not (tmp_path / "none").exists()
 
 

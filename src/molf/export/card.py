@@ -55,7 +55,7 @@ def card(run: TrainedRun, report: Mapping[str, Any]) -> str:
         "method": method["method"],
         "experts": _experts(run),
         "data": ", ".join(f"{key} {value}" for key, value in data.items()),
-        "weights": f"{report['dtype']}; the base was trained in {method['dtype']}, quantised: {run.quantization}",
+        "weights": f"{report['dtype']}, trained in {method['dtype']} on a base quantised to {run.quantization}",
     }
     parts = [
         f"---\n{yaml.safe_dump(meta, sort_keys=False)}---",

@@ -52,9 +52,12 @@ def make_delta(run: TrainedRun, base: Any, trained: Any, rank: int, drop_other: 
         drop_other: Leave out what else changed, for servers that take nothing but LoRA.
 
     Raises:
-        ValueError: If the rank is out of range, nothing changed, or PEFT cannot carry what else changed.
+        ValueError: If the rank is out of range, nothing changed, the base is another one, or PEFT cannot carry what
+            else changed.
     """
     before, after = dict(base.named_parameters()), dict(trained.named_parameters())
+    if {name: p.shape for name, p in before.items()} != {name: p.shape for name, p in after.items()}:
+        raise ValueError(f"{run.base} is not the base of {run.folder}: its tensors have other names or shapes")
     changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
     linears = _linears(base)
     biased = sorted(n for n in linears if f"{n}.bias" in changed and not drop_other)
