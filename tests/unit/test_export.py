@@ -39,7 +39,7 @@ def change(adapter: dict[str, torch.Tensor], layer: str) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("arch", "tied"), [("qwen2", True), ("gemma3", True), ("llama", False)])
 def test_merged_is_rounded_once_and_keeps_what_belongs_to_it(tmp_path, arch: str, tied: bool, dtype: str) -> None:
-    """From a base in that precision; every weight within half a unit of the exact W + Σ s B A."""
+    """From a base in that precision; every weight is the exact W + Σ s B A, rounded."""
     precision = getattr(torch, dtype)
     base = make_base(tmp_path / "base", arch, precision)
     run = make_run(tmp_path / "run", base, "molf-e", EXPERTS)
@@ -59,8 +59,10 @@ def test_merged_is_rounded_once_and_keeps_what_belongs_to_it(tmp_path, arch: str
             continue
         moved += 1
         exact = start[name].double() + change(adapter, layer)
-        half, sums = torch.finfo(precision).eps / 2, 16 * 2.0**-24  # float32 sums of 6 products and W
-        assert ((value.double() - exact).abs() <= half * exact.abs() * 1.01 + sums * 0.1).all(), name
+        sums = 2.0**-20 * (start[name].double().abs() + change(adapter, layer).abs().max())  # float32, 7 terms
+        assert ((value.double() - exact).abs() <= torch.finfo(precision).eps / 2 * exact.abs() + sums).all(), name
+        if dtype == "bfloat16":  # float32's error crosses a rounding boundary once in 2^(24-8-4); two roundings, often
+            assert (value != exact.bfloat16()).double().mean() < 4 * 2.0**-12, name
     assert moved == 14
     model = AutoModelForCausalLM.from_pretrained(out)
     assert (model.lm_head.weight is model.model.embed_tokens.weight) is tied
