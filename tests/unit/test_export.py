@@ -71,6 +71,18 @@ def test_merged_is_rounded_once_and_keeps_what_belongs_to_it(tmp_path, arch: str
     assert AutoTokenizer.from_pretrained(out).chat_template == TEMPLATE
 
 
+def test_a_merged_model_stops_where_it_was_taught_to(tmp_path) -> None:
+    """The end token of training, not the base's, is in its configurations."""
+    run = make_run(tmp_path / "run", make_base(tmp_path / "base", "qwen2"), "molf-e", EXPERTS)
+    tokenizer = AutoTokenizer.from_pretrained(run)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(40)
+    tokenizer.save_pretrained(run)
+    made(run, tmp_path / "out", "merged")
+    end = GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id
+    assert 40 in (end if isinstance(end, list) else [end])
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token_id == 40
+
+
 @pytest.mark.parametrize("arch", ["qwen2", "llama"])
 def test_a_whole_model_is_copied_and_converted(tmp_path, arch: str) -> None:
     base = make_base(tmp_path / "base", arch)
