@@ -34,11 +34,11 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any], int]] = {
 }  # fmt: skip
 
 
-def causal_lm(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+def causal_lm(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> nn.Module:
     stem, config, _ = ARCHITECTURES[name]
     model_class = {"Gemma3Text": "Gemma3ForCausalLM", "GPT2": "GPT2LMHeadModel"}.get(stem, f"{stem}ForCausalLM")
     torch.manual_seed(0)
-    model = getattr(transformers, model_class)(getattr(transformers, f"{stem}Config")(**config))
+    model = getattr(transformers, model_class)(getattr(transformers, f"{stem}Config")(**{**config, **changes}))
     return model.to(dtype).train()
 
 

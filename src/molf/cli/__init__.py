@@ -12,6 +12,7 @@ COMMANDS = {
     "demo": "fine-tune the bundled model by every method and compare",
     "compare": "which method, at which learning rate, for your data",
     "eval": "a task's metrics of any model or adapter",
+    "export": "a run as a merged model or as adapters, verified",
     "train": "fine-tune a model on your data by MoLF, full fine-tuning, LoRA and its kin, or a control",
 }
 

@@ -17,6 +17,7 @@ from peft import AutoPeftModelForCausalLM, PeftConfig
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
+from transformers.utils.hub import extract_commit_hash
 from transformers.utils.peft_utils import find_adapter_config_file
 
 _PACKAGES = ("molf", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
@@ -67,6 +68,16 @@ def load_model(name: str, dtype: str, **hub: Any) -> Any:
         missing = sorted(found["missing_keys"])
         raise ValueError(f"the weights of {name} lack {len(missing)} of the model's tensors, such as {missing[0]}")
     return model
+
+
+def hub_commit(name: str, revision: str) -> str | None:
+    """The commit that a revision of a hub id stands for now; None for a folder.
+
+    Raises:
+        OSError: If there is no such model.
+    """
+    commit: str | None = extract_commit_hash(cached_file(name, "config.json", revision=revision), None)
+    return commit
 
 
 def load_trained(name: str, dtype: str, eos_token: str | None = None, **hub: Any) -> tuple[Any, Any]:

@@ -127,13 +127,15 @@ class Adapted:
         model: The base model.
         name: The method.
         config: Its ranks and scales.
+        commit: The base's commit on the hub, without which the adapter would load on the main branch.
 
     Attributes:
         model: The PEFT model.
     """
 
-    def __init__(self, model: Any, name: str, config: MoLFConfig) -> None:
-        self.model = get_peft_model(model, adapter_config(name, config))  # fp32 adapters also over a 16-bit base
+    def __init__(self, model: Any, name: str, config: MoLFConfig, commit: str | None) -> None:
+        settings = adapter_config(name, config)
+        self.model = get_peft_model(model, settings, revision=commit)  # fp32 adapters also over a 16-bit base
         self._initial: dict[str, Tensor] = {}
         if name == "pissa":
             self._initial = {k: v.detach().cpu().clone() for k, v in get_peft_model_state_dict(self.model).items()}

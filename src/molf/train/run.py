@@ -28,7 +28,7 @@ from .arguments import MethodArguments, TrainArguments
 from .callbacks import PlanCallback, RoutingCallback
 from .data import fit_examples, load_data
 from .files import write_json
-from .load import load_model, load_tokenizer, naming, versions
+from .load import hub_commit, load_model, load_tokenizer, naming, versions
 from .methods import METHODS, Adapted
 from .resume import find_checkpoint
 
@@ -61,8 +61,9 @@ def train(method: MethodArguments, args: TrainArguments) -> dict[str, Any]:
     tokenizer = load_training_tokenizer(method, args)
     with naming(method.model_name_or_path):
         model = load_model(method.model_name_or_path, method.dtype, **_hub(method, args))
+        resolved["model_commit"] = hub_commit(method.model_name_or_path, method.model_revision)
     dataset, cut = _fit(task, dataset, scored, model, tokenizer, method, args.max_length)
-    adapted = Adapted(model, method.method, config) if spec.saves_adapter(config) else None
+    adapted = Adapted(model, method.method, config, resolved["model_commit"]) if spec.saves_adapter(config) else None
     adalora = AdaLoraCallback()
     out = Path(str(args.output_dir))
     routing = RoutingCallback(out / "routing.jsonl")
