@@ -7,6 +7,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .quantized import as_float, is_quantized
+
 _SETTINGS = tuple("expert expert_ranks scales score_fn top_k policy random_shares policy_seed param_names".split())
 
 
@@ -53,9 +55,11 @@ def _check_entry(name: str, saved: dict[str, Any], own: dict[str, Any]) -> None:
         if not isinstance(saved[key], Tensor) or saved[key].shape != value.shape:
             shape = tuple(getattr(saved[key], "shape", ()))
             raise ValueError(f"{key} of {name} has shape {shape} in the optimizer state, here {tuple(value.shape)}")
+        if is_quantized(saved[key]) != is_quantized(value):
+            raise ValueError(f"{key} of {name} is kept otherwise in the optimizer state: use the same moments_8bit")
         if saved[key].dtype != value.dtype:
             raise ValueError(f"{key} of {name} is {saved[key].dtype} in the optimizer state, here {value.dtype}")
-        if not saved[key].isfinite().all():
+        if not as_float(saved[key]).isfinite().all():
             raise ValueError(f"{key} of {name} is not finite in the optimizer state: take an older checkpoint")
 
 

@@ -82,6 +82,9 @@ class MoLFConfig:
         True,
     )
     moments_8bit: bool = _help("Keep the moments in 8 bits (torchao).", False)
+    step_in_backward: bool = _help(
+        "Step every layer in the backward pass and free its gradient at once; no accumulation, no max_grad_norm.", False
+    )
     train_other: bool | None = _help(
         "Train what is not routed; None means yes with a dense expert and no without one.", None
     )
@@ -102,7 +105,7 @@ class MoLFConfig:
             self._set(name, value if value is None else _float(value))
         if self.compile != "auto" and not isinstance(self.compile, bool):
             raise ValueError(f"compile={self.compile!r}: choose True, False or 'auto'")
-        for name in ("train_base", "use_rslora", "keep_base", "moments_8bit", "train_other"):
+        for name in ("train_base", "use_rslora", "keep_base", "moments_8bit", "step_in_backward", "train_other"):
             value = getattr(self, name)
             if not isinstance(value, bool) and not (name == "train_other" and value is None):
                 raise ValueError(f"{name}={value!r}: must be True or False")
@@ -198,6 +201,10 @@ class MoLFConfig:
             )
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas={self.betas}: give two numbers from 0 up to, not including, 1")
+        if self.step_in_backward and self.max_grad_norm is not None:
+            raise ValueError(
+                f"max_grad_norm={self.max_grad_norm}: step_in_backward=True never has all gradients at once; use None"
+            )
         if self.max_grad_norm is not None and not _FP32.tiny <= self.max_grad_norm < math.inf:
             raise ValueError(f"max_grad_norm={self.max_grad_norm}: must be positive; use None for no clipping")
         if not 0 <= self.lora_dropout < 1:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from . import virtual
 from .adamw import Coefficients, Tracking, step_numbers
+from .backward import BackwardHooks
 from .config import MoLFConfig
 from .guards import GradientCheck, ResumeError, check_gradient, check_gradients
 from .layout import RoutedModule
@@ -70,11 +71,20 @@ class MoLFAdamW(MoLFState):
         every = [p for group in self.param_groups for p in group["params"]]
         device = every[0].device if every else torch.device("cpu")
         self._passes = Passes(config.compile, sum(p.numel() for p in every), device)
+        self._in_backward: BackwardHooks | None = None
+        if config.step_in_backward:
+            units = [[self._parameter(slot) for slot in module.slots] for module in self.modules]
+            units += [[each.parameter] for each in self._others()]
+            self._in_backward = BackwardHooks(units, self._step_unit)
 
     def __getstate__(self) -> dict[str, Any]:
         """As of the state, with the last decision and what a resume still waits for."""
         own = {name: getattr(self, name) for name in ("_decisions", "_awaits_gradient", "_passes")}
-        return {**super().__getstate__(), **own, "_coefficients": {}}
+        if self.config.step_in_backward:
+            raise TypeError(
+                "an optimizer with step_in_backward=True has hooks on its model: use state_dict() for copies"
+            )
+        return {**super().__getstate__(), **own, "_coefficients": {}, "_in_backward": None}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a saved state; the first step then looks that every routed module still takes part.
@@ -106,11 +116,34 @@ class MoLFAdamW(MoLFState):
         """
         if closure is not None:
             raise ValueError("closure: MoLFAdamW needs gradients of one forward pass; call step() without a closure")
+        if self._in_backward is not None:
+            self._finish_backward(self._in_backward)
+            return
         self._check_written()
         active = [module for module in self.modules if self._has_gradients(module)]
         self._check_resumed({module.name for module in active})
         self._decisions = []
         self._step(active, [each for each in self._others() if each.parameter.grad is not None])
+        self._remember_written()
+
+    @torch.no_grad()
+    def _step_unit(self, index: int) -> None:
+        """One module's or parameter's step, in the backward pass."""
+        if self._in_backward is not None and len(self._in_backward.stepped) == 1:
+            self._check_written()
+            self._decisions = []
+        if index < len(self.modules):
+            self._step([self.modules[index]], [])
+        else:
+            self._step([], [self._others()[index - len(self.modules)]])
+
+    def _finish_backward(self, hooks: BackwardHooks) -> None:
+        """What is left of the step when the backward pass has made it."""
+        stepped = {self.modules[index].name for index in hooks.stepped if index < len(self.modules)}
+        self._check_resumed(stepped)
+        if not hooks.stepped:
+            self._decisions = []
+        hooks.stepped.clear()
         self._remember_written()
 
     def _step(self, active: Sequence[RoutedModule], others: Sequence[Unrouted]) -> None:

@@ -103,8 +103,9 @@ class MoLFState(Optimizer):
     def sync_weights(self) -> None:
         """Rewrite every weight of the model from the state, after someone has written to the state."""
         for module in self.modules:
-            if self._is_virtual(module):
-                self._own_base(self._parameter(module.slots[0]))
+            weight = self._parameter(module.slots[0])
+            if self._is_virtual(module) and self.state[weight]["lora_B"].any():
+                self._own_base(weight)
             self._write_module(module, {})
         for each in self._others():
             self._write(each.parameter, {})
@@ -128,8 +129,6 @@ class MoLFState(Optimizer):
         for index, parameter in enumerate(p for group in self.param_groups for p in group["params"]):
             for key, value in state_dict["state"][index].items():
                 self.state[parameter][key].copy_(value)  # where W is the weight itself, that is where it goes
-            if "lora_B" in self.state[parameter] and self.state[parameter]["lora_B"].any():
-                self._own_base(parameter)
         self.sync_weights()
 
     def _new_state(self, parameter: Tensor, expert: str) -> dict[str, Tensor]:

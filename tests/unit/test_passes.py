@@ -1,0 +1,141 @@
+"""The passes in blocks and compiled: the same numbers as on whole tensors; what they cost is counted, never timed."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from models import causal_lm, lm_step
+from molf import MoLFConfig, create_molf_optimizer
+from molf.optim import passes
+from molf.optim import routing as routing_module
+from molf.optim.adamw import Tracking, track_
+
+RATES = {"lr": 2e-4, "lora_lr": 2e-3}
+
+
+def jobs(shapes: list[tuple[int, ...]], seed: int = 0) -> list[tuple[torch.Tensor, ...]]:
+    g = torch.Generator().manual_seed(seed)
+    return [tuple(torch.rand(shape, generator=g) for _ in range(3)) for shape in shapes]
+
+
+def test_blocks_give_the_bits_of_whole_tensors(monkeypatch) -> None:
+    """Cut, stacked and whole tensors: moments bit for bit, sums within the rounding of another order."""
+    monkeypatch.setattr(passes, "BLOCK", 64)
+    shapes = [(200,), (10,), (10,), (64,), (10,), (4, 8), (4, 8), (30, 8)]
+    shared = Tracking((0.9, 0.999), 1e-8, "epd", torch.tensor(0.5))
+    whole, blocks = jobs(shapes), jobs(shapes)
+    expected = [track_(*job, shared) for job in whole]
+    found = passes.Passes(False, 0, torch.device("cpu")).run(passes.track_all, blocks, shared)
+    for a, b in zip(whole, blocks, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    for a, b in zip(expected, found, strict=True):
+        torch.testing.assert_close(a, b, rtol=200 * 2**-24, atol=0)
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor that an operation made, of those that are no view of an argument."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and not func.is_view and func.__name__.split(".")[0][-1] != "_":
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+def test_the_uncompiled_step_has_no_large_temporary(monkeypatch) -> None:
+    """Of a layer of 2^16 weights no elementwise operation makes a tensor above the block of 2^12."""
+    monkeypatch.setattr(passes, "BLOCK", 2**12)
+    model = nn.Sequential(nn.Linear(256, 256))
+    optimizer = create_molf_optimizer(model, MoLFConfig(expert_ranks=(2,), policy="fixed-dense", **RATES))
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    with Largest() as largest:
+        optimizer.step()
+    assert 0 < largest.elements <= 2**12
+
+
+@pytest.mark.parametrize("layers", [1, 4])
+@pytest.mark.parametrize("score_fn", ["epd", "pfn"])
+def test_one_host_read_per_step_at_any_number_of_layers(monkeypatch, layers: int, score_fn: str) -> None:
+    """As on an accelerator, where the gradients' check is behind the gate."""
+    reads: list[str] = []
+
+    class Reads(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+                reads.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    to_host = routing_module.to_host
+    monkeypatch.setattr("molf.optim.guards.on_host", lambda values: False)
+    monkeypatch.setattr(routing_module, "to_host", lambda rows: reads.append("winners") or to_host(rows))
+    model = nn.Sequential(*[nn.Linear(8, 8) for _ in range(layers)])
+    config = MoLFConfig(expert_ranks=(2, 4), score_fn=score_fn, max_grad_norm=1.0, **RATES)
+    optimizer = create_molf_optimizer(model, config)
+    for _ in range(2):
+        reads.clear()
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        with Reads():
+            optimizer.step()
+        assert reads == ["winners"]
+
+
+def test_compiled_and_uncompiled_steps_route_alike(monkeypatch) -> None:
+    """Every winner equal, weights within fp32 rounding, winners switching; two models, few compilations for both."""
+    monkeypatch.setattr(passes, "COMPILE_FROM", 256)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for name in ("qwen2", "phi"):
+        model = causal_lm(name)
+        twin = copy.deepcopy(model)
+        found = []
+        for each, compiles in ((model, False), (twin, True)):
+            torch.manual_seed(1)
+            config = MoLFConfig(expert_ranks=(2, 4), max_grad_norm=1.0, compile=compiles, **RATES)
+            optimizer = create_molf_optimizer(each, config)
+            winners = []
+            for step in range(12):
+                lm_step(each, optimizer, step)
+                winners.append([routing.winners[0] for routing in optimizer.routing.values()])
+            found.append(winners)
+        assert found[0] == found[1]
+        assert len({winner for row in found[0] for winner in row}) > 1, "the winners never switched"
+        for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+            # a step is lora_lr times m / √v at most, which here differs by some ulp, and θ is rounded once
+            torch.testing.assert_close(a, b, rtol=0, atol=12 * (2e-3 * 64 * 2**-24 + 4 * 2**-24))
+    assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 12
+
+
+def test_nothing_is_compiled_at_import_or_for_small_models() -> None:
+    optimizer = create_molf_optimizer(causal_lm("llama"), MoLFConfig(expert_ranks=(2,)))
+    assert not optimizer._passes.compiles
+    assert passes.Passes("auto", passes.WORTH_COMPILING, torch.device("cpu")).compiles
+    assert not passes.Passes("auto", passes.WORTH_COMPILING, torch.device("meta")).compiles
+    assert not passes.Passes(False, passes.WORTH_COMPILING, torch.device("cpu")).compiles
+
+
+def test_without_a_working_compiler_auto_warns_and_true_is_an_error(monkeypatch) -> None:
+    from molf.optim import compiling
+
+    def fails(*arguments: object) -> None:
+        raise compiling.InductorError(RuntimeError("no C++ compiler"), lambda: None)
+
+    monkeypatch.setattr(compiling, "run_compiled", fails)
+    shared = Tracking((0.9, 0.999), 1e-8, "epd")
+    large = jobs([(passes.COMPILE_FROM,)])
+    automatic = passes.Passes("auto", passes.WORTH_COMPILING, torch.device("cpu"))
+    with pytest.warns(UserWarning, match="run uncompiled, which is slower: .*no C"):
+        assert automatic.run(passes.track_all, large, shared)[0] > 0
+    assert not automatic.compiles
+    with pytest.raises(RuntimeError, match=r"compile=True, but compiling failed .*use compile=False"):
+        passes.Passes(True, 0, torch.device("cpu")).run(passes.track_all, large, shared)
+    with pytest.raises(ValueError, match="compile='yes': choose True, False or 'auto'"):
+        MoLFConfig(compile="yes")
