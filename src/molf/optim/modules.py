@@ -79,6 +79,7 @@ def find_routed(model: nn.Module, config: MoLFConfig) -> list[Target]:
         )
     _refuse_tied(model, targets, config)
     _refuse_sparse(model)
+    keep_differentiable(model)
     for target in targets:
         _check_weight(target, config)
     return targets
@@ -233,6 +234,26 @@ def _refuse_sparse(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse and module.weight.requires_grad:
             raise ValueError(f"{name} gives sparse gradients, which have no moments: make it with sparse=False")
+
+
+def keep_differentiable(model: nn.Module) -> None:
+    """Keep bitsandbytes from packing 4-bit weights on a CPU, as it does at the first forward pass in eval mode.
+
+    Its kernel for packed weights has no backward pass. From then on no gradient passes through the layer's base, in
+    training as well, and nothing is said (bitsandbytes 0.50).
+
+    Raises:
+        ValueError: If that has happened already.
+    """
+    for name, module in model.named_modules():
+        if not hasattr(module, "support_avx512bf16_for_cpu"):
+            continue
+        if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
+            raise ValueError(
+                f"{name}.weight was packed for inference by a forward pass in eval mode, and bitsandbytes computes no "
+                "gradient through it any more: load the model again and make its optimizer before evaluating it"
+            )
+        module.support_avx512bf16_for_cpu = False
 
 
 def apply_trainability(

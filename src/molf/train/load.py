@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from ..optim.modules import keep_differentiable
+
 _PACKAGES = ("molf", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
 
 
@@ -66,6 +68,7 @@ def load_model(name: str, dtype: str, **hub: Any) -> Any:
     if found["missing_keys"]:
         missing = sorted(found["missing_keys"])
         raise ValueError(f"the weights of {name} lack {len(missing)} of the model's tensors, such as {missing[0]}")
+    keep_differentiable(model)
     return model
 
 
@@ -106,8 +109,8 @@ def _damaged(name: str, error: Exception) -> ValueError:
     return ValueError(f"the weights of {name} are damaged, incomplete or of another shape: {first_words}")
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python, of the packages that decide the numbers, and the device."""
-    found = {name: importlib.metadata.version(name) for name in _PACKAGES}
+def versions(*more: str) -> dict[str, str]:
+    """Versions of Python, of the packages that decide the numbers and of ``more``, and the device."""
+    found = {name: importlib.metadata.version(name) for name in (*_PACKAGES, *more)}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
     return {"python": platform.python_version(), "device": device, **found}
