@@ -124,9 +124,10 @@ def command(kind: str, facts: Path, out: Path, method: str = "molf-e", *more: st
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_molf_train_over_a_quantised_base(tmp_path: Path, facts: Path, kind: str) -> None:
-    """The adapter is kept in fp32, which TRL rounds to bf16 over bitsandbytes, and fits the original base."""
+    """The adapter is kept in fp32, which TRL rounds to bf16 over bitsandbytes; it resumes bit for bit."""
     out = tmp_path / "run"
-    assert main(command(kind, facts, out, "molf-e", "--expert_ranks", "2", "4")) == 0
+    more = ["--expert_ranks", "2", "4", "--save_strategy", "steps", "--save_steps", "1"]
+    assert main(command(kind, facts, out, "molf-e", *more)) == 0
     resolved = json.loads((out / "run.json").read_text())
     assert resolved["method"]["quantization"] == kind
     assert PACKAGES[kind][0] in resolved["versions"]
@@ -134,6 +135,10 @@ def test_molf_train_over_a_quantised_base(tmp_path: Path, facts: Path, kind: str
     assert {value.dtype for value in adapter.values()} == {torch.float32}
     assert any(not torch.equal(value, value.bfloat16().float()) for key, value in adapter.items() if "lora_B" in key)
     assert all(value.any() for key, value in adapter.items() if "lora_B" in key)
+    resume = ["--resume_from_checkpoint", str(out / "checkpoint-1")]
+    assert main(command(kind, facts, out, "molf-e", *more, *resume)) == 0
+    again = load_file(out / "adapter_model.safetensors")
+    assert all(torch.equal(again[name], value) for name, value in adapter.items())
     original = AutoModelForCausalLM.from_pretrained(BUNDLED_MODEL)
     assert logits(PeftModel.from_pretrained(original, out)).isfinite().all()
 

@@ -127,6 +127,16 @@ def test_heads_are_not_routed() -> None:
         assert all(p.requires_grad for name in heads for p in model.get_submodule(name).parameters())
 
 
+def test_a_head_that_peft_does_not_know_is_named() -> None:
+    config = MoLFConfig(expert_ranks=(2, 4), train_base=False, exclude_modules=r".*classification_head.*")
+    adapter = molf_lora_config(config, modules_to_save=["classification_head"])
+    optimizer = create_molf_optimizer(get_peft_model(BartForSequenceClassification(BART), adapter), config)
+    trained = [name for group in optimizer.param_groups[2:] for name in group["param_names"]]
+    assert len(trained) == 4
+    assert all("classification_head.modules_to_save.default." in name for name in trained)
+    assert not [name for name in optimizer.routed_modules if "classification_head" in name]
+
+
 def test_t5_trains_and_keeps_its_tied_embeddings(tmp_path) -> None:
     """Its feed-forward layers read the dtype of their weight, so the model has to stay as it was."""
     torch.manual_seed(0)
