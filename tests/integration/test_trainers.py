@@ -26,12 +26,10 @@ from molf.assets import BUNDLED_MODEL
 from molf.train.trainers import MoLFDPOTrainer, MoLFGRPOTrainer
 from watch import StepWatch
 
-pytestmark = [
-    pytest.mark.filterwarnings(
-        "ignore:.gradient_checkpointing.* is deprecated:FutureWarning",  # TRL 1.16, with transformers' older names
-        "ignore:.*is_gradient_checkpointing.* is deprecated:FutureWarning",
-    )
-]
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.gradient_checkpointing.* is deprecated:FutureWarning",  # TRL 1.16, with transformers' older names
+    "ignore:.*is_gradient_checkpointing.* is deprecated:FutureWarning",
+)
 
 MOLF = MoLFConfig(expert_ranks=(4,), lr=3e-4, lora_lr=1e-3, max_grad_norm=1.0)
 EFFICIENT = MoLFConfig(expert_ranks=(2, 4), train_base=False, lora_lr=3e-3, max_grad_norm=1.0)
@@ -174,6 +172,7 @@ def assert_reference_stays(trainer: Any) -> StepWatch:
             assert torch.equal(start, load()(input_ids=ids).logits)
     watch = train(trainer, steps=10)
     assert torch.equal(reference_logits(trainer), start)
+    assert trainer.ref_model is None or not changed(bits(load()), trainer.ref_model)
     with torch.no_grad():
         assert not torch.equal(trainer.model(input_ids=ids).logits, start)
     trains = {id(p) for group in watch.optimizer.param_groups for p in group["params"]}
@@ -205,16 +204,8 @@ def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
     ("form", "options", "beta"), [*((*form, 0.5) for form in FORMS), ("molf", PLAIN, 0.0), ("molf-e", ALL, 0.0)]
 )
 def test_grpo_trainer(tmp_path, form: str, options: dict[str, Any], beta: float) -> None:
-    args = arguments(
-        GRPOConfig,
-        tmp_path,
-        steps=10,
-        **options,
-        beta=beta,
-        num_generations=4,
-        max_completion_length=6,
-        temperature=3.0,
-    )
+    sampling = {"num_generations": 4, "max_completion_length": 6, "temperature": 3.0}
+    args = arguments(GRPOConfig, tmp_path, steps=10 if beta else 3, **options, **sampling, beta=beta)
     prompts = Dataset.from_list(PAIRS).select_columns("prompt")
     trainer = made(MoLFGRPOTrainer, form, reward_funcs=reward, args=args, train_dataset=prompts)
     if beta:
@@ -222,7 +213,7 @@ def test_grpo_trainer(tmp_path, form: str, options: dict[str, Any], beta: float)
         assert max(entry.get("kl", 0) for entry in trainer.state.log_history) > 0
     else:
         assert trainer.ref_model is None
-        train(trainer, steps=10)
+        train(trainer)
 
 
 class Mixed(MoLFTrainerMixin, Trainer):
@@ -260,3 +251,20 @@ def test_the_mixin_refuses_a_second_optimizer_and_a_reference_that_would_be_trai
         )  # fmt: skip
         with pytest.raises(ValueError, match=message):
             trainer.train()
+
+
+def test_without_a_reference_any_form_trains(tmp_path) -> None:
+    """GRPO with beta 0, reference log-probabilities computed beforehand, and trainers that have a beta alone."""
+    config = MoLFConfig(expert_ranks=(2, 4))
+    common = {"processing_class": tokenizer(), "peft_config": molf_lora_config(config), "molf_config": config}
+    prompts = Dataset.from_list(PAIRS)
+    grpo = arguments(GRPOConfig, tmp_path, **PLAIN, beta=0.0, num_generations=4)
+    dpo = arguments(DPOConfig, tmp_path, **PLAIN, precompute_ref_log_probs=True)
+    alone = Mixed(load(), arguments(TrainingArguments, tmp_path), molf_config=config)
+    alone.beta = 0.1
+    for trainer in (
+        MoLFGRPOTrainer(load(), reward, args=grpo, train_dataset=prompts, **common),
+        MoLFDPOTrainer(load(), args=dpo, train_dataset=prompts, **common),
+        alone,
+    ):
+        assert len(trainer.create_optimizer().routed_modules) == 28

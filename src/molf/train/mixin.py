@@ -52,8 +52,8 @@ class MoLFTrainerMixin:
 
     def _check_reference(self) -> None:
         """TRL takes the model without its adapter as the reference, which is the starting point only while frozen."""
-        adapter_off = getattr(self, "beta", 0) and getattr(self, "ref_model", None) is None
-        if not adapter_off or getattr(self.args, "precompute_ref_log_probs", False):
+        adapter_off = hasattr(self.model, "peft_config") and getattr(self, "ref_model", self) is None
+        if not adapter_off or not getattr(self, "beta", 0) or getattr(self.args, "precompute_ref_log_probs", False):
             return
         config = self.molf_config
         for name, value in (("train_base", config.train_base), ("train_other", config.trains_other)):
