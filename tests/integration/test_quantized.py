@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -158,4 +159,13 @@ def test_what_molf_train_refuses(tmp_path: Path, facts: Path, capsys, monkeypatc
     monkeypatch.setattr(molf.train.quantize, "find_spec", lambda name: None)
     for kind in KINDS:
         assert f"{PACKAGES[kind][0]} is not installed; pip install 'molf[quantized]'" in fails(kind)
+    monkeypatch.undo()
+    folder = tmp_path / "model"  # one that is stored in a format whose package is not there
+    shutil.copytree(BUNDLED_MODEL, folder)
+    config = json.loads((folder / "config.json").read_text())
+    stored = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False}
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": stored}))
+    message = fails("none", "molf-e", "--model_name_or_path", str(folder))
+    assert message.startswith(f"molf: error: model {folder} cannot be read: ")
+    assert "GPTQ" in message
     assert not (tmp_path / "run").exists()

@@ -56,7 +56,8 @@ def load_model(name: str, dtype: str, **hub: Any) -> Any:
     """The causal language model of a folder or hub id.
 
     Raises:
-        ValueError: If its weights are damaged, or some are missing and would be random numbers.
+        ValueError: If its weights are damaged, or some are missing and would be random numbers, or it needs a package
+            that is not there, as quantised models do.
         OSError: If there is no such model, or not in safetensors.
     """
     try:
@@ -65,6 +66,8 @@ def load_model(name: str, dtype: str, **hub: Any) -> Any:
         )
     except (SafetensorError, RuntimeError) as error:  # RuntimeError: shapes that are not the configuration's
         raise _damaged(name, error) from error
+    except ImportError as error:
+        raise ValueError(str(error)) from error
     if found["missing_keys"]:
         missing = sorted(found["missing_keys"])
         raise ValueError(f"the weights of {name} lack {len(missing)} of the model's tensors, such as {missing[0]}")
