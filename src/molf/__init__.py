@@ -15,6 +15,7 @@ from .optim import (
     molf_lora_config,
     read_routing,
 )
+from .train.mixin import MoLFTrainerMixin
 
 __version__ = "0.1.0"
 
@@ -22,6 +23,7 @@ __all__ = [
     "MoLFAdamW",
     "MoLFConfig",
     "MoLFOptimizerFactory",
+    "MoLFTrainerMixin",
     "NonFiniteGradientError",
     "ResumeError",
     "Routing",

@@ -91,6 +91,24 @@ def test_what_peft_was_asked_to_train_still_trains() -> None:
         create_molf_optimizer(model, EFFICIENT)
 
 
+@pytest.mark.parametrize("train_base", [False, True])
+def test_an_idle_adapter_stays_as_it_is(train_base: bool) -> None:
+    """TRL keeps its reference so; the superposed form trains everything else."""
+    config = MoLFConfig(expert_ranks=(2, 4), train_base=train_base, lr=1e-3, lora_lr=1e-3)
+    model = get_peft_model(causal_lm("llama"), molf_lora_config(config))
+    model.add_adapter("ref", molf_lora_config(config))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = create_molf_optimizer(model, config)
+    assert not [name for group in optimizer.param_groups for name in group["param_names"] if ".ref." in name]
+    lm_step(model, optimizer, 0)
+    for name, parameter in model.named_parameters():
+        if ".ref." in name:
+            assert not parameter.requires_grad
+            assert torch.equal(parameter, before[name])
+        elif "lora_B" in name:
+            assert torch.equal(parameter, before[name]) == (train_base and not parameter.any())
+
+
 def test_a_frozen_bias_stays_frozen() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
     model[0].bias.requires_grad_(False)

@@ -167,11 +167,14 @@ def test_quantised_dense_expert_is_refused() -> None:
         create_molf_optimizer(model, MoLFConfig(expert_ranks=(2,)))
 
 
-def test_two_adapters_are_refused() -> None:
+def test_two_adapters_as_experts_are_refused() -> None:
     model = get_peft_model(causal_lm("llama"), LoraConfig(r=2, target_modules=["q_proj"]))
     model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match="one stacked adapter"):
-        create_molf_optimizer(model, MoLFConfig(expert_ranks=(2,), train_base=False))
+    with pytest.raises(ValueError, match=r"\(total rank 4\) does not fit the adapter .* rank 2"):
+        create_molf_optimizer(model, MoLFConfig(expert_ranks=(2, 2), train_base=False))
+    model.base_model.set_adapter(["default", "second"])
+    with pytest.raises(ValueError, match="2 of them active: use one stacked adapter"):
+        create_molf_optimizer(model, MoLFConfig(expert_ranks=(2, 2), train_base=False))
 
 
 @pytest.mark.parametrize(

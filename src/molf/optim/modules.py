@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .config import MoLFConfig
 
 _TRAINABLE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_CLASSIFIER_HEADS = ("score", "classifier", "qa_outputs")
+_CLASSIFIER_HEADS = ("score", "classifier", "classification_head", "qa_outputs")
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,7 @@ def find_routed(model: nn.Module, config: MoLFConfig) -> list[Target]:
         )
     _refuse_tied(model, targets, config)
     _refuse_sparse(model)
+    keep_differentiable(model)
     for target in targets:
         _check_weight(target, config)
     return targets
@@ -149,14 +150,19 @@ def _plain_target(name: str, module: Any) -> Target:
     return Target(name, module.weight, bias, transposed)
 
 
+def _active_adapters(layer: Any) -> list[str]:
+    """The adapters of a LoRA layer that take part in its forward pass; TRL keeps a frozen reference as another one."""
+    return [key for key in layer.lora_A if key in layer.active_adapters]
+
+
 def _adapter_target(name: str, layer: Any, config: MoLFConfig) -> Target:
-    adapters = list(layer.lora_A.keys())
-    if len(adapters) != 1:
+    active = _active_adapters(layer)
+    if len(active) != 1:
         raise ValueError(
-            f"{name} has the LoRA adapters {adapters}: use one stacked adapter, "
-            "get_peft_model(model, molf_lora_config(config))"
+            f"{name} has the LoRA adapters {list(layer.lora_A)}, {len(active)} of them active: use one stacked "
+            "adapter, get_peft_model(model, molf_lora_config(config))"
         )
-    key, base = adapters[0], layer.base_layer
+    key, base = active[0], layer.base_layer
     transposed = _is_conv1d(base)
     if not transposed and not isinstance(base, nn.Linear):
         raise ValueError(f"{name} adapts a {type(base).__name__}: only linear layers can be routed; exclude it")
@@ -235,6 +241,26 @@ def _refuse_sparse(model: nn.Module) -> None:
             raise ValueError(f"{name} gives sparse gradients, which have no moments: make it with sparse=False")
 
 
+def keep_differentiable(model: nn.Module) -> None:
+    """Keep bitsandbytes from packing 4-bit weights on a CPU, as it does at the first forward pass in eval mode.
+
+    Its kernel for packed weights has no backward pass. From then on no gradient passes through the layer's base, in
+    training as well, and nothing is said (bitsandbytes 0.50).
+
+    Raises:
+        ValueError: If that has happened already.
+    """
+    for name, module in model.named_modules():
+        if not hasattr(module, "support_avx512bf16_for_cpu"):
+            continue
+        if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
+            raise ValueError(
+                f"{name}.weight was packed for inference by a forward pass in eval mode, and bitsandbytes computes no "
+                "gradient through it any more: load the model again and make its optimizer before evaluating it"
+            )
+        module.support_avx512bf16_for_cpu = False
+
+
 def apply_trainability(
     model: nn.Module, targets: Sequence[Target], config: MoLFConfig
 ) -> list[tuple[str, nn.Parameter]]:
@@ -259,9 +285,12 @@ def apply_trainability(
                     parameter.requires_grad_(trains)
     adapted = any(target.lora_A is not None for target in targets)
     others = []
-    own = _adapter_parameters(model)
+    own, idle = _adapter_parameters(model), _idle_parameters(model)
     for name, parameter in model.named_parameters():
         if parameter in routed or not parameter.is_floating_point():
+            continue
+        if parameter in idle:
+            parameter.requires_grad_(False)
             continue
         asked = name in own and config.train_other is not False
         if not config.trains_other:
@@ -282,4 +311,16 @@ def _adapter_parameters(model: nn.Module) -> set[str]:
         for wrapper in wrappers
         for name, _ in model.named_parameters()
         if name.startswith(f"{wrapper}.") and not name[len(wrapper) + 1 :].startswith(base)
+    }
+
+
+def _idle_parameters(model: nn.Module) -> set[Tensor]:
+    """Parameters of LoRA adapters that are not active."""
+    layers: list[Any] = [module for module in model.modules() if _is_lora_layer(module)]
+    return {
+        getattr(layer, name)[key].weight
+        for layer in layers
+        for key in layer.lora_A
+        if key not in layer.active_adapters
+        for name in ("lora_A", "lora_B")
     }

@@ -12,6 +12,7 @@ from ..optim import MoLFConfig
 from ..tasks import TASKS
 from ..tasks.prompts import LONG_PROMPTS
 from .methods import METHODS, resolve
+from .quantize import PACKAGES
 from .resume import starts_anew
 
 
@@ -30,6 +31,10 @@ class MethodArguments:
     model_name_or_path: str = _help("Folder or hub id of a transformers causal language model.", "")
     model_revision: str = _help("Revision of the model on the hub.", "main")
     dtype: str = _help("Precision to load the model in: float32, bfloat16 or auto (as stored).", "float32")
+    quantization: str = _help(
+        f"Quantise the frozen base of an adapter: {', '.join(PACKAGES)}. Saved adapters fit the original base.",
+        "none",
+    )
     method: str = _help(f"One of {', '.join(METHODS)}.", "molf")
     task: str | None = _help(f"One of {', '.join(TASKS)}; without it the data are prompt/completion JSON lines.")
     dataset_path: str | None = _help("The data: the task's file, folder or hub id[:split], or the JSON lines.")
@@ -101,10 +106,19 @@ class MethodArguments:
             raise ValueError(f"long_prompts={self.long_prompts!r}: choose one of {', '.join(LONG_PROMPTS)}")
         if self.dtype not in ("float32", "bfloat16", "auto"):
             raise ValueError(f"dtype={self.dtype!r}: choose float32, bfloat16 or auto")
+        if self.quantization not in PACKAGES:
+            raise ValueError(f"quantization={self.quantization!r}: choose one of {', '.join(PACKAGES)}")
+        spec = METHODS[self.method]
+        if self.quantization != "none" and (not spec.quantizes or self.train_other):
+            other = " with train_other" if spec.quantizes else ""
+            raise ValueError(
+                f"quantization={self.quantization}: {self.method}{other} needs the base's weights in full precision; "
+                f"leave it out or choose one of {', '.join(name for name, m in METHODS.items() if m.quantizes)}"
+            )
         if self.max_examples is not None and self.max_examples < 1:
             raise ValueError(f"max_examples={self.max_examples}: must be at least 1")
         self._refuse_unused()
-        if METHODS[self.method].one_rank and len(self.expert_ranks) > 1:
+        if spec.one_rank and len(self.expert_ranks) > 1:
             raise ValueError(f"expert_ranks={self.expert_ranks}: {self.method} has one rank; use molf-e for several")
 
     def _refuse_unused(self) -> None:

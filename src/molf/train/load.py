@@ -20,6 +20,8 @@ from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from ..optim.modules import keep_differentiable
+
 _PACKAGES = ("molf", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
 
 
@@ -55,7 +57,8 @@ def load_model(name: str, dtype: str, **hub: Any) -> Any:
     """The causal language model of a folder or hub id.
 
     Raises:
-        ValueError: If its weights are damaged, or some are missing and would be random numbers.
+        ValueError: If its weights are damaged, or some are missing and would be random numbers, or it needs a package
+            that is not there, as quantised models do.
         OSError: If there is no such model, or not in safetensors.
     """
     try:
@@ -64,9 +67,12 @@ def load_model(name: str, dtype: str, **hub: Any) -> Any:
         )
     except (SafetensorError, RuntimeError) as error:  # RuntimeError: shapes that are not the configuration's
         raise _damaged(name, error) from error
+    except ImportError as error:
+        raise ValueError(str(error)) from error
     if found["missing_keys"]:
         missing = sorted(found["missing_keys"])
         raise ValueError(f"the weights of {name} lack {len(missing)} of the model's tensors, such as {missing[0]}")
+    keep_differentiable(model)
     return model
 
 
@@ -117,8 +123,8 @@ def _damaged(name: str, error: Exception) -> ValueError:
     return ValueError(f"the weights of {name} are damaged, incomplete or of another shape: {first_words}")
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python, of the packages that decide the numbers, and the device."""
-    found = {name: importlib.metadata.version(name) for name in _PACKAGES}
+def versions(*more: str) -> dict[str, str]:
+    """Versions of Python, of the packages that decide the numbers and of ``more``, and the device."""
+    found = {name: importlib.metadata.version(name) for name in (*_PACKAGES, *more)}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
     return {"python": platform.python_version(), "device": device, **found}

@@ -35,6 +35,7 @@ class Method:
         one_rank: Whether it takes a single rank.
         use_rslora: Whether alpha is divided by sqrt(r) where the user does not say.
         policy: Who wins a layer and step; see ``MoLFConfig``.
+        quantizes: Whether the base may be quantised: it is frozen, and PEFT only multiplies with it, in every format.
     """
 
     default_ranks: tuple[int, ...] = (128,)
@@ -45,30 +46,32 @@ class Method:
     one_rank: bool = False
     use_rslora: bool = True
     policy: str = "score"
+    quantizes: bool = False
 
     def saves_adapter(self, config: MoLFConfig) -> bool:
         """Whether the model gets an adapter: an adapter's file has no place for what else MoLF trains."""
         return self.adapter and not (self.routes and config.trains_other)
 
 
-def _peft(*unused: str, use_rslora: bool = False) -> Method:
-    return Method((16,), (*_ROUTING, *unused), False, True, False, one_rank=True, use_rslora=use_rslora)
+def _peft(*unused: str, use_rslora: bool = False, quantizes: bool = False) -> Method:
+    own: dict[str, Any] = {"one_rank": True, "use_rslora": use_rslora, "quantizes": quantizes}
+    return Method((16,), (*_ROUTING, *unused), False, True, False, **own)
 
 
 METHODS = {
     "fft": Method((), (*_LORA, *_ROUTING, *_TARGETS), routes=False),
-    "lora": _peft(),
-    "rslora": _peft("use_rslora", use_rslora=True),
+    "lora": _peft(quantizes=True),
+    "rslora": _peft("use_rslora", use_rslora=True, quantizes=True),
     "dora": _peft(),
     "pissa": _peft(),
     "adalora": _peft("use_rslora"),
     "molf": Method(),
-    "molf-e": Method((32, 128), adapter=True, train_base=False),
+    "molf-e": Method((32, 128), adapter=True, train_base=False, quantizes=True),
     "dense-all": Method(unused=_SCORES),
     "random": Method(unused=("score_fn",), policy="random"),
     "fixed-dense": Method(unused=(*_SCORES, "lora_lr", "lora_weight_decay"), policy="fixed-dense"),
     "fixed-lora": Method(unused=_SCORES, policy="fixed-lora"),
-    "lora-sum": Method((32, 128), _ROUTING, routes=False, adapter=True, train_base=False),
+    "lora-sum": Method((32, 128), _ROUTING, routes=False, adapter=True, train_base=False, quantizes=True),
     "lora+other": Method((16,), (*_ROUTING, "lora_dropout"), train_base=False, one_rank=True),
 }
 

@@ -93,7 +93,8 @@ def _check_same(folder: Path, resolved: dict[str, Any]) -> None:
     pairs = [(key, saved["training"].get(key), now["training"].get(key)) for key in _DECISIVE]
     pairs += [(key, saved["molf"].get(key), now["molf"][key]) for key in now["molf"]]
     pairs += [
-        (key, saved["method"].get(key), now["method"][key]) for key in ("method", "dtype", "task", "max_examples")
+        (key, saved["method"].get(key), now["method"][key])
+        for key in ("method", "dtype", "quantization", "task", "max_examples")
     ]
     for key, old, new in pairs:
         if old != new:

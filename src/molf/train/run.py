@@ -19,7 +19,7 @@ import torch
 from transformers import set_seed
 from trl import SFTTrainer
 
-from ..optim import MoLFOptimizerFactory, read_routing
+from ..optim import MoLFConfig, MoLFOptimizerFactory, read_routing
 from ..optim.routing import expert_share
 from ..tasks import Task, get_task
 from ..tasks.prompts import Context
@@ -30,6 +30,7 @@ from .data import fit_examples, load_data
 from .files import write_json
 from .load import hub_commit, load_model, load_tokenizer, naming, versions
 from .methods import METHODS, Adapted
+from .quantize import PACKAGES, keep_adapters_in_fp32, quantized
 from .resume import find_checkpoint
 
 
@@ -52,7 +53,7 @@ def train(method: MethodArguments, args: TrainArguments) -> dict[str, Any]:
         args.max_grad_norm = 0.0  # the optimizer clips, because only it knows the virtual gradients
     elif spec.adapter:
         args.learning_rate, args.weight_decay = config.lora_lr, config.lora_weight_decay
-    resolved = {"method": asdict(method), "molf": asdict(config), "training": args.to_dict(), "versions": versions()}
+    resolved = _resolved(method, config, args)
     checkpoint = find_checkpoint(args.resume_from_checkpoint, str(args.output_dir), resolved)
     task = get_task(method.task) if method.task is not None else None
     dataset, scored = load_data(task, method)
@@ -60,7 +61,7 @@ def train(method: MethodArguments, args: TrainArguments) -> dict[str, Any]:
     set_seed(args.seed)
     tokenizer = load_training_tokenizer(method, args)
     with naming(method.model_name_or_path):
-        model = load_model(method.model_name_or_path, method.dtype, **_hub(method, args))
+        model = load_model(method.model_name_or_path, method.dtype, **_hub(method, args), **_quantized(method, args))
         resolved["model_commit"] = hub_commit(method.model_name_or_path, method.model_revision)
     dataset, cut = _fit(task, dataset, scored, model, tokenizer, method, args.max_length)
     adapted = Adapted(model, method.method, config, resolved["model_commit"]) if spec.saves_adapter(config) else None
@@ -97,9 +98,16 @@ def train(method: MethodArguments, args: TrainArguments) -> dict[str, Any]:
     return metrics
 
 
+def _resolved(method: MethodArguments, config: MoLFConfig, args: TrainArguments) -> dict[str, Any]:
+    found = versions(*PACKAGES[method.quantization])
+    return {"method": asdict(method), "molf": asdict(config), "training": args.to_dict(), "versions": found}
+
+
 def _make_trainer(trainer: type[SFTTrainer], **arguments: Any) -> SFTTrainer:
     try:
-        return trainer(**arguments)
+        made = trainer(**arguments)
+        keep_adapters_in_fp32(made.model)
+        return made
     except (RuntimeError, ImportError) as error:  # such as a logger of report_to that is not installed
         raise ValueError(f"the trainer cannot be made: {error}") from error
 
@@ -142,6 +150,11 @@ def load_training_tokenizer(method: MethodArguments, args: TrainArguments) -> An
 
 def _hub(method: MethodArguments, args: TrainArguments) -> dict[str, Any]:
     return {"revision": method.model_revision, "trust_remote_code": args.trust_remote_code}
+
+
+def _quantized(method: MethodArguments, args: TrainArguments) -> dict[str, Any]:
+    half = args.bf16 or method.dtype == "bfloat16"
+    return quantized(method.quantization, args.device, torch.bfloat16 if half else torch.float32)
 
 
 def _fit(
