@@ -10,7 +10,11 @@ import torch
 from torch import Tensor
 
 
-class NonFiniteGradientError(ArithmeticError):
+class NonFiniteError(ArithmeticError):
+    """A loss, gradient, weight or moment is NaN or infinite. Raised before anything is updated or saved from it."""
+
+
+class NonFiniteGradientError(NonFiniteError):
     """A gradient is NaN or infinite. Raised before the step has changed anything."""
 
 
