@@ -105,8 +105,8 @@ def check_step(model: nn.Module, losses: Sequence[Tensor], gradients: bool = Tru
     if not all(finite[: len(losses)]):
         first = f" Nor are {len(names)} of {len(graded)} gradients, the first of {names[0]}." if names else ""
         raise NonFiniteError(
-            f"the loss is not finite; nothing was updated.{first} Look at this batch, lower the learning rate, or leave "
-            "such steps out with on_nonfinite=skip"
+            f"the loss is not finite; nothing was updated.{first} Look at this batch, lower the learning rate, or "
+            "leave such steps out with on_nonfinite=skip"
         )
     more = f" (and of {len(names) - 1} more)" if len(names) > 1 else ""
     raise NonFiniteGradientError(
