@@ -61,7 +61,7 @@ class WholeCheckpoints:
             if this.args.should_save:
                 shutil.rmtree(staged.parent, ignore_errors=True)
         if this.args.should_save:
-            rotate_checkpoints(str(out), this.args.save_total_limit, this.state.best_model_checkpoint, use_mtime=True)
+            self._rotate(out)
         this.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -69,11 +69,16 @@ class WholeCheckpoints:
         check_fits(Path(resume_from_checkpoint), this.model, this.optimizer_cls_and_kwargs)
         super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
 
+    def _rotate(self, out: Path) -> None:
+        this: Any = self
+        rotate_checkpoints(str(out), this.args.save_total_limit, this.state.best_model_checkpoint, use_mtime=True)
+
     def load_ended(self, checkpoint: str) -> None:
         """Take over weights and state of a checkpoint of the last step; ``train`` would make one step more."""
         this: Any = self
         this._load_from_checkpoint(checkpoint)
         this.state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+        self._rotate(Path(checkpoint).parent)  # the run may have ended before it did
 
 
 def publish(staged: Path, final: Path) -> None:

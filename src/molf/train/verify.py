@@ -154,7 +154,7 @@ def _load(path: Path) -> Any:
     try:
         with safe_globals():  # numpy's arrays, which the random states hold
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
         raise _damaged(path, error) from error
 
 
