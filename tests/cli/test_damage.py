@@ -25,7 +25,7 @@ from molf.train.resume import check_checkpoint, last_checkpoint
 from molf.train.verify import MANIFEST
 
 ARGUMENTS = [
-    "--task", "fact", "--max_examples", "16", "--max_steps", "2", "--per_device_train_batch_size", "8",
+    "--task", "fact", "--max_examples", "24", "--max_steps", "2", "--per_device_train_batch_size", "8",
     "--learning_rate", "1e-3", "--warmup_steps", "0", "--save_strategy", "steps", "--save_steps", "1",
     "--gradient_checkpointing", "false", "--eval_at_end", "false", "--use_cpu", "true", "--disable_tqdm", "true",
 ]  # fmt: skip
@@ -205,8 +205,10 @@ def test_auto_starts_continues_and_ends(tmp_path, trained, facts, capsys) -> Non
     assert_identical(*(load_file(run / "model.safetensors") for run in (out, trained("molf"))))
     (out / "metrics.json").unlink()
     (out / "model.safetensors").write_bytes(b"half")
-    assert main(auto) == 0  # ended in the middle of its last save
+    assert main(auto) == 0  # ended in the middle of its last save, and not of an epoch
     assert_identical(*(load_file(run / "model.safetensors") for run in (out, trained("molf"))))
+    assert json.loads((out / "metrics.json").read_text())["steps"] == 2
+    assert not (out / "checkpoint-3").exists()
     before = (out / "metrics.json").stat().st_mtime_ns
     assert main(auto) == 0
     assert "is over: these are its metrics" in capsys.readouterr().out

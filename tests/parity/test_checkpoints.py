@@ -58,11 +58,7 @@ def test_a_plain_trainer_resumes_from_a_whole_checkpoint(tmp_path) -> None:
 
 
 def test_the_best_checkpoint_is_kept_and_found(tmp_path) -> None:
-    best = {
-        "metric_for_best_model": "eval_loss",
-        "greater_is_better": True,
-        "load_best_model_at_end": True,
-    }  # an early one
+    best = {"metric_for_best_model": "eval_loss", "greater_is_better": True, "load_best_model_at_end": True}
     run = trainer(tmp_path, eval_strategy="steps", eval_steps=1, learning_rate=1e-3, **best)
     run.train()
     folder = Path(run.state.best_model_checkpoint)
