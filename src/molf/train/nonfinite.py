@@ -65,8 +65,9 @@ class FiniteSteps:
             ) from error
         print(f"skipped step {step}: {error}", flush=True)
         this.state.log_history.append({"step": step, "skipped": str(error)})
-        this.model.zero_grad()  # else the Trainer logs their norm
-        this.accelerator.gradient_state._set_sync_gradients(False)  # accelerate's optimizer then makes no step
+        if this.accelerator.scaler is None:  # which makes no step either, and must see the gradients to learn from it
+            this.model.zero_grad()  # else the Trainer logs their norm
+            this.accelerator.gradient_state._set_sync_gradients(False)  # accelerate's optimizer then makes no step
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
         """Save, if all weights and all of the optimizer's state are finite.

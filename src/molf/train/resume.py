@@ -8,7 +8,14 @@ from typing import Any
 
 from .verify import UNFINISHED, check_checkpoint, progress
 
-_OUTPUTS = ("run.json", "config.json", "adapter_config.json", "model.safetensors", "adapter_model.safetensors")
+_OUTPUTS = (
+    "run.json",
+    "config.json",
+    "adapter_config.json",
+    "model.safetensors",
+    "adapter_model.safetensors",
+    "checkpoint-*",
+)
 _DECISIVE = (
     "learning_rate lr_scheduler_type warmup_steps num_train_epochs max_steps per_device_train_batch_size "
     "gradient_accumulation_steps seed data_seed adam_beta1 adam_beta2 adam_epsilon max_length packing "
@@ -68,7 +75,7 @@ def find_checkpoint(wanted: str | None, output_dir: str, resolved: dict[str, Any
                 f"resume_from_checkpoint={wanted}: {out} has no checkpoint that is whole; leave the option out to "
                 "start, or give auto, which starts where there is none"
             )
-        used = next((name for name in _OUTPUTS if (out / name).exists()), None)
+        used = next((path.name for name in _OUTPUTS for path in out.glob(name)), None)
         if auto and (out / "run.json").is_file():
             check_same(out, resolved)
         elif used is not None:
