@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 from test_resume import assert_identical
 
 import molf.cli.train
+import molf.train.run
 from molf.assets import BUNDLED_MODEL
 from molf.cli import main
 from molf.train.resume import check_checkpoint, last_checkpoint
@@ -218,6 +220,19 @@ def test_auto_starts_continues_and_ends(tmp_path, trained, facts, capsys) -> Non
     for path in (*out.glob("checkpoint-*"), out / "metrics.json"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert "holds config.json of an earlier run" in fails(capsys, auto)
+    (tmp_path / "other" / "checkpoint-9").mkdir(parents=True)
+    assert "holds checkpoint-9 of an earlier run" in fails(capsys, command(facts, tmp_path / "other"))
+
+
+def test_a_run_that_was_started_again_has_no_result_until_it_ends(tmp_path, trained, facts, monkeypatch) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(trained("molf"), out)
+    with monkeypatch.context() as patched:
+        patched.setattr(molf.train.run, "_save", lambda *arguments: signal.raise_signal(signal.SIGINT))
+        assert main(command(facts, out, "--resume_from_checkpoint", str(out / "checkpoint-1"))) == 130
+    assert not (out / "metrics.json").exists()
+    assert main(command(facts, out, "--resume_from_checkpoint", "auto")) == 0
+    assert json.loads((out / "metrics.json").read_text())["steps"] == 2
 
 
 @pytest.fixture

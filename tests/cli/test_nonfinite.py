@@ -129,11 +129,9 @@ def test_the_run_stops_with_a_name_and_a_good_checkpoint(
     assert not list(out.glob("*.safetensors"))
 
 
-@pytest.mark.parametrize(("method", "step"), [("fft", 3), ("molf", 2)])
-def test_skipped_steps_change_nothing_are_counted_and_resume_exactly(
-    tmp_path, facts, inject, method: str, step: int
-) -> None:
-    """Resumed from just after a skipped step, and from the checkpoint of one."""
+@pytest.mark.parametrize("method", ["fft", "molf"])
+def test_skipped_steps_change_nothing_are_counted_and_resume_exactly(tmp_path, facts, inject, method: str) -> None:
+    """Resumed after a skipped step; and where a run stopped, so that the first step of the resume is skipped."""
     out = tmp_path / "run"
     inject("nan gradient", 2, 5)
     arguments = command(method, facts, out, "--on_nonfinite", "skip")
@@ -154,9 +152,10 @@ def test_skipped_steps_change_nothing_are_counted_and_resume_exactly(
     if method == "molf":
         assert [record["step"] for record in read_routing(out / "routing.jsonl")[1]] == [1, 2, 3, 4]
     again = tmp_path / "again"
-    shutil.copytree(out, again, ignore=shutil.ignore_patterns("metrics.json"))
-    for later in range(step + 1, 7):
-        shutil.rmtree(again / f"checkpoint-{later}")
+    if method == "molf":
+        assert main(command(method, facts, again)) == 2
+    else:
+        shutil.copytree(out, again, ignore=shutil.ignore_patterns("metrics.json", "checkpoint-[456]"))
     assert main(command(method, facts, again, "--on_nonfinite", "skip", "--resume_from_checkpoint", "last")) == 0
     for name in ("optimizer.pt", "scheduler.pt"):
         assert_identical(*(torch.load(run / "checkpoint-6" / name, weights_only=True) for run in (out, again)))

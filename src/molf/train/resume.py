@@ -18,8 +18,7 @@ _OUTPUTS = (
 )
 _DECISIVE = (
     "learning_rate lr_scheduler_type warmup_steps num_train_epochs max_steps per_device_train_batch_size "
-    "gradient_accumulation_steps seed data_seed adam_beta1 adam_beta2 adam_epsilon max_length packing "
-    "on_nonfinite nonfinite_limit"
+    "gradient_accumulation_steps seed data_seed adam_beta1 adam_beta2 adam_epsilon max_length packing"
 ).split()
 _OF_METHOD = "model_name_or_path model_revision method dtype task dataset_path max_examples".split()
 
@@ -124,10 +123,9 @@ def check_same(run: Path, resolved: dict[str, Any]) -> None:
     if not record.is_file():
         return
     saved, now = json.loads(record.read_text()), json.loads(json.dumps(resolved, default=str))
-    pairs = [(key, saved["training"].get(key), now["training"].get(key)) for key in _DECISIVE]
-    pairs += [(key, saved["molf"].get(key), now["molf"][key]) for key in now["molf"]]
-    pairs += [(key, saved["method"].get(key), now["method"][key]) for key in _OF_METHOD]
-    for key, old, new in pairs:
+    parts = {"training": _DECISIVE, "molf": now["molf"], "method": _OF_METHOD}
+    for key, part in ((key, part) for part, keys in parts.items() for key in keys):
+        old, new = saved.get(part, {}).get(key), now[part].get(key)
         if old != new:
             raise ValueError(
                 f"{key} was {old} in the run of {run}, now it is {new}: a resumed run continues exactly, so keep the "
