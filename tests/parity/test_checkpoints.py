@@ -17,7 +17,7 @@ from transformers import Trainer, TrainingArguments
 
 from models import causal_lm, tokens
 from molf import MoLFConfig, MoLFOptimizerFactory, NonFiniteError
-from molf.train.checkpoints import WholeCheckpoints
+from molf.train.checkpoints import WholeCheckpoints, rotate
 from molf.train.nonfinite import FiniteSteps
 from molf.train.resume import check_checkpoint, last_checkpoint
 
@@ -125,6 +125,21 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name_and_older_ones_go(tm
     assert saved | {"checkpoint-2"} <= {name.removesuffix(".part") for name in flushed}
     assert "manifest.json" in saved
     assert events.index("remove checkpoint-1") > events.index("sync .", named) > named
+
+
+def test_rotation_never_takes_the_newest_nor_the_best(tmp_path) -> None:
+    def left(limit: int | None, best: str | None) -> list[str]:
+        for step in (1, 2, 3, 10):  # 10 is damaged, and of an earlier attempt
+            (tmp_path / f"checkpoint-{step}").mkdir(exist_ok=True)
+        os.utime(tmp_path / "checkpoint-10", (2**31, 2**31))
+        rotate(tmp_path / "checkpoint-3", limit, best)
+        return sorted(path.name.removeprefix("checkpoint-") for path in tmp_path.iterdir())
+
+    assert left(None, None) == left(0, None) == ["1", "10", "2", "3"]
+    assert left(1, None) == ["3"]
+    assert left(1, str(tmp_path / "checkpoint-1")) == left(2, str(tmp_path / "checkpoint-1")) == ["1", "3"]
+    assert left(2, str(tmp_path / "checkpoint-7")) == ["10", "3"]
+    assert left(3, None) == ["10", "2", "3"]
 
 
 def test_half_of_a_plain_trainers_checkpoint_is_skipped_by_name(tmp_path, capsys) -> None:

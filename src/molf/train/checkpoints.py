@@ -11,10 +11,9 @@ from typing import Any
 
 from safetensors import SafetensorError
 from transformers import TrainerState
-from transformers.trainer_utils import rotate_checkpoints
 
 from .files import sha256, sync, write_json
-from .verify import MANIFEST, UNFINISHED, check_fits
+from .verify import MANIFEST, UNFINISHED, check_fits, checkpoints
 
 
 class WholeCheckpoints:
@@ -61,7 +60,7 @@ class WholeCheckpoints:
             if this.args.should_save:
                 shutil.rmtree(staged.parent, ignore_errors=True)
         if this.args.should_save:
-            self._rotate(out)
+            rotate(final, this.args.save_total_limit, this.state.best_model_checkpoint)
         this.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -69,16 +68,13 @@ class WholeCheckpoints:
         check_fits(Path(resume_from_checkpoint), this.model, this.optimizer_cls_and_kwargs)
         super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
 
-    def _rotate(self, out: Path) -> None:
-        this: Any = self
-        rotate_checkpoints(str(out), this.args.save_total_limit, this.state.best_model_checkpoint, use_mtime=True)
-
     def load_ended(self, checkpoint: str) -> None:
         """Take over weights and state of a checkpoint of the last step; ``train`` would make one step more."""
         this: Any = self
         this._load_from_checkpoint(checkpoint)
         this.state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
-        self._rotate(Path(checkpoint).parent)  # the run may have ended before it did
+        if this.args.should_save:  # the run may have been killed before it did
+            rotate(Path(checkpoint), this.args.save_total_limit, this.state.best_model_checkpoint)
 
 
 def publish(staged: Path, final: Path) -> None:
@@ -100,6 +96,23 @@ def publish(staged: Path, final: Path) -> None:
         final.rename(staged.parent / "replaced")
     staged.rename(final)
     sync(final.parent)
+
+
+def rotate(newest: Path, limit: int | None, best: str | None) -> None:
+    """Remove the oldest checkpoints beyond a limit, but never the newest, which is whole, nor the best.
+
+    transformers' own goes by the time of change or, where that says nothing, by the step, and may then keep a damaged
+    checkpoint of a later step in place of the newest.
+
+    Args:
+        newest: The checkpoint that was saved last.
+        limit: How many to keep, or None for all.
+        best: The Trainer's best checkpoint, if it has one.
+    """
+    kept = {path.resolve() for path in (newest, *([Path(best)] if best else [])) if path.is_dir()}
+    others = [path for path in checkpoints(newest.parent) if path.resolve() not in kept]
+    for path in others[: max(0, len(others) + len(kept) - limit)] if limit is not None and limit > 0 else ():
+        shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager

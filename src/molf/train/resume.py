@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .verify import UNFINISHED, check_checkpoint, progress
+from .verify import UNFINISHED, check_checkpoint, checkpoints, progress
 
 _OUTPUTS = (
     "run.json",
@@ -36,19 +36,14 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
     out = Path(output_dir)
     for staged in sorted(out.glob(f"{UNFINISHED}/checkpoint-*")):
         print(f"skipped {staged}: it was being written when the run ended", flush=True)
-    steps = {int(path.name.rpartition("-")[2]): path for path in out.glob("checkpoint-*") if _numbered(path)}
-    for step in sorted(steps, reverse=True):
+    for folder in reversed(checkpoints(out)):
         try:
-            check_checkpoint(steps[step])
+            check_checkpoint(folder)
         except ValueError as error:
-            print(f"skipped {steps[step]}: {error}", flush=True)
+            print(f"skipped {folder}: {error}", flush=True)
         else:
-            return str(steps[step])
+            return str(folder)
     return None
-
-
-def _numbered(path: Path) -> bool:
-    return path.is_dir() and path.name.rpartition("-")[2].isdecimal()
 
 
 def find_checkpoint(wanted: str | None, output_dir: str, resolved: dict[str, Any]) -> str | None:

@@ -25,6 +25,16 @@ UNFINISHED = "unfinished-checkpoint"
 _ADAPTER = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora")
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    """The folders ``checkpoint-N`` of a run, whole or not, by N."""
+    found = [path for path in folder.glob("checkpoint-*") if path.is_dir() and _step(path).isdecimal()]
+    return sorted(found, key=lambda path: int(_step(path)))
+
+
+def _step(path: Path) -> str:
+    return path.name.rpartition("-")[2]
+
+
 def check_checkpoint(folder: Path) -> None:
     """Whether everything that an exact resume needs is there, unchanged and readable.
 
