@@ -6,7 +6,9 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from ..optim import NonFiniteGradientError, ResumeError
+import torch
+
+from ..optim import NonFiniteError, ResumeError
 
 COMMANDS = {
     "demo": "fine-tune the bundled model by every method and compare",
@@ -18,6 +20,12 @@ COMMANDS = {
 
 USAGE = "usage: molf COMMAND [options]\n\ncommands:\n" + "\n".join(
     f"  {name:8}{text}" for name, text in COMMANDS.items()
+)
+
+
+_SMALLER = (
+    "Use a smaller per_device_train_batch_size with more gradient_accumulation_steps, a smaller max_length, "
+    "gradient_checkpointing, or a smaller model or batch_size"
 )
 
 
@@ -43,12 +51,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         import_module(f".{command}", __name__).run(rest)
     except ModuleNotFoundError as error:
         return _fail(f"{error}: pip install 'molf[train]'")
-    except (ValueError, OSError, NonFiniteGradientError, ResumeError) as error:
+    except (ValueError, OSError, NonFiniteError, ResumeError) as error:
         return _fail(str(error) or type(error).__name__)
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        return _fail(f"out of memory: {str(error).strip() or type(error).__name__}. {_SMALLER}")
     except KeyboardInterrupt:
         print("molf: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """There is a class for an accelerator's memory, and a RuntimeError like any other for the CPU's."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 def _fail(message: str) -> int:

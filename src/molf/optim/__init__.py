@@ -2,7 +2,7 @@
 
 from .config import MoLFConfig
 from .factory import MoLFOptimizerFactory, create_molf_optimizer, molf_lora_config
-from .guards import NonFiniteGradientError, ResumeError
+from .guards import NonFiniteError, NonFiniteGradientError, ResumeError
 from .molf_adamw import MoLFAdamW
 from .routing import Routing, RoutingRecorder, read_routing
 
@@ -10,6 +10,7 @@ __all__ = [
     "MoLFAdamW",
     "MoLFConfig",
     "MoLFOptimizerFactory",
+    "NonFiniteError",
     "NonFiniteGradientError",
     "ResumeError",
     "Routing",

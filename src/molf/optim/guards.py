@@ -14,7 +14,11 @@ from .adamw import moment_dtype
 from .scalars import stack
 
 
-class NonFiniteGradientError(ArithmeticError):
+class NonFiniteError(ArithmeticError):
+    """A loss, gradient, weight or moment is NaN or infinite. Raised before anything is updated or saved from it."""
+
+
+class NonFiniteGradientError(NonFiniteError):
     """A gradient is NaN or infinite. Raised before the step has changed anything."""
 
 
@@ -125,7 +129,7 @@ def check_gradients(grads: Sequence[tuple[str, Tensor]], limit: float | None) ->
     if not grads:
         return GradientCheck((), torch.zeros(0), None, None)
     tensors, clip = [grad for _, grad in grads], None
-    values = stack(_sums(tensors) if limit is None else _norms(tensors))
+    values = stack(probes(tensors) if limit is None else _norms(tensors))
     if limit is not None:
         clip = (limit / (torch.linalg.vector_norm(values.double()) + 1e-6)).clamp(max=1.0)
     names = tuple(name for name, _ in grads)
@@ -146,8 +150,11 @@ def _norms(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in tensors]
 
 
-def _sums(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Sums, accumulated in fp32 at least; of small tensors norms, which torch computes for all in one call."""
+def probes(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """A number of each tensor that is finite if and only if the tensor and its norm are, 0-dimensional.
+
+    Sums, accumulated in fp32 at least; of small tensors norms, which torch computes for all in one call.
+    """
     small = [i for i, g in enumerate(tensors) if g.numel() < 2**15 and g.dtype == torch.float32]
     found = dict(zip(small, torch._foreach_norm([tensors[i] for i in small]) if small else (), strict=True))
     for i, g in enumerate(tensors):

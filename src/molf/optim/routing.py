@@ -128,6 +128,8 @@ class RoutingRecorder:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_name(self.path.name + ".part")
         partial.write_text("".join(json.dumps(line, separators=(",", ":")) + "\n" for line in [self._header, *kept]))
+        with partial.open() as file:
+            os.fsync(file.fileno())
         partial.replace(self.path)
         return self.path.open("a")
 
@@ -147,6 +149,11 @@ class RoutingRecorder:
         }
         self._file.write(json.dumps(line, separators=(",", ":")) + "\n")
         self._file.flush()
+
+    def sync(self) -> None:
+        """Wait until what was recorded would survive a power loss."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Stop recording and close the file."""

@@ -12,6 +12,7 @@ from ..optim import MoLFConfig
 from ..tasks import TASKS
 from ..tasks.prompts import LONG_PROMPTS
 from .methods import METHODS, resolve
+from .nonfinite import ON_NONFINITE
 from .quantize import PACKAGES
 from .resume import starts_anew
 
@@ -133,7 +134,7 @@ class MethodArguments:
                     f"{option.name}={value}: {self.method} does not use it; leave it out or choose {remedy}"
                 )
 
-    def check_training(self, args: SFTConfig) -> None:
+    def check_training(self, args: TrainArguments) -> None:
         """What the method and the training arguments must agree on.
 
         Raises:
@@ -152,6 +153,10 @@ class MethodArguments:
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
             if getattr(args, name) < 1:
                 raise ValueError(f"{name}={getattr(args, name)}: must be at least 1")
+        if args.on_nonfinite not in ON_NONFINITE:
+            raise ValueError(f"on_nonfinite={args.on_nonfinite!r}: choose one of {', '.join(ON_NONFINITE)}")
+        if args.nonfinite_limit < 1:
+            raise ValueError(f"nonfinite_limit={args.nonfinite_limit}: must be at least 1; to skip none, use stop")
         if args.num_train_epochs <= 0 and args.max_steps <= 0:
             raise ValueError(f"num_train_epochs={args.num_train_epochs}: must be positive")
 
@@ -206,6 +211,11 @@ class TrainArguments(SFTConfig):
     bf16: bool | None = _help("bf16 mixed precision; default on a GPU.")
     activation_checkpointing: bool | None = _help("transformers' new name for gradient_checkpointing.")
     dataloader_pin_memory: bool = _help("Pin memory of batches; default on a GPU.", torch.cuda.is_available())
+    resume_from_checkpoint: str | None = _help(
+        "A checkpoint folder; last, the newest whole one in output_dir; or auto, the same if there is one, else start."
+    )
+    on_nonfinite: str = _help("At a loss or gradient that is NaN or infinite: stop, or skip the step.", "stop")
+    nonfinite_limit: int = _help("How many such steps in a row are skipped before the run stops.", 10)
     report_to: None | str | list[str] = field(  # noqa: RUF036  the parser takes the order of TrainingArguments alone
         default="none", metadata={"help": "Where to log: none, tensorboard, wandb, trackio, ..."}
     )

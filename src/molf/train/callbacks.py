@@ -29,6 +29,15 @@ class RoutingCallback(TrainerCallback):
         if state.is_world_process_zero:
             self.recorder = RoutingRecorder(optimizer, self.path)
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A checkpoint must never be on the disk before the log that leads to it."""
+        if control.should_save and self.recorder is not None:
+            self.recorder.sync()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """As after a step."""
+        self.on_step_end(args, state, control)
+
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Close the log."""
         self.close()
@@ -54,8 +63,9 @@ class PlanCallback(TrainerCallback):
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
-        """Print modules, experts and trainable parameters; write the configuration."""
+        """Print modules, experts and trainable parameters; write the configuration; the run has no result yet."""
         if state.is_world_process_zero:
+            self.path.with_name("metrics.json").unlink(missing_ok=True)
             write_json(self.path, self.resolved)
             print(describe(model, getattr(optimizer, "optimizer", optimizer), args.learning_rate), flush=True)
 

@@ -24,6 +24,11 @@ from ..optim.modules import keep_differentiable
 
 _PACKAGES = ("molf", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
 
+_NO_PICKLES = (
+    "Weights are read from safetensors alone, because a pickle can run code: where you trust it, load the model with "
+    "transformers or PEFT and write it again with save_pretrained"
+)
+
 
 @contextmanager
 def naming(name: str) -> Iterator[None]:
@@ -65,6 +70,8 @@ def load_model(name: str, dtype: str, **hub: Any) -> Any:
         model, found = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, use_safetensors=True, output_loading_info=True, **hub
         )
+    except OSError as error:
+        raise OSError(f"{error} {_NO_PICKLES}" if "safetensors" in str(error) else str(error)) from error
     except (SafetensorError, RuntimeError) as error:  # RuntimeError: shapes that are not the configuration's
         raise _damaged(name, error) from error
     except ImportError as error:
@@ -97,7 +104,10 @@ def load_trained(name: str, dtype: str, eos_token: str | None = None, **hub: Any
     """
     if find_adapter_config_file(name, revision=hub.get("revision")) is None:
         return load_model(name, dtype, **hub), load_tokenizer(name, eos_token, **hub)
-    cached_file(name, "adapter_model.safetensors", revision=hub.get("revision"))  # PEFT would take a pickle instead
+    try:  # PEFT would take a pickle instead
+        cached_file(name, "adapter_model.safetensors", revision=hub.get("revision"))
+    except OSError as error:
+        raise OSError(f"{error} {_NO_PICKLES}") from error
     try:
         base = PeftConfig.from_pretrained(name, revision=hub.get("revision"))
     except (KeyError, TypeError) as error:  # another method, or fields that it does not have

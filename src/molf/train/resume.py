@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
-import pickle
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from transformers.trainer_utils import get_last_checkpoint
+from .verify import UNFINISHED, check_checkpoint, checkpoints, progress
 
-_OUTPUTS = ("run.json", "config.json", "adapter_config.json", "model.safetensors", "adapter_model.safetensors")
+_OUTPUTS = (
+    "run.json",
+    "config.json",
+    "adapter_config.json",
+    "model.safetensors",
+    "adapter_model.safetensors",
+    "checkpoint-*",
+)
 _DECISIVE = (
     "learning_rate lr_scheduler_type warmup_steps num_train_epochs max_steps per_device_train_batch_size "
     "gradient_accumulation_steps seed data_seed adam_beta1 adam_beta2 adam_epsilon max_length packing"
 ).split()
+_OF_METHOD = "model_name_or_path model_revision method dtype quantization task dataset_path max_examples".split()
 
 
 def starts_anew(wanted: str | None) -> bool:
@@ -23,11 +28,31 @@ def starts_anew(wanted: str | None) -> bool:
     return str(wanted).lower() in ("none", "", "false")
 
 
+def last_checkpoint(output_dir: str | Path) -> str | None:
+    """The newest checkpoint that is whole, for the ``resume_from_checkpoint`` of any Trainer; None if there is none.
+
+    One that is newer and incomplete or damaged is named on standard output and skipped.
+    """
+    out = Path(output_dir)
+    for staged in sorted(out.glob(f"{UNFINISHED}/checkpoint-*")):
+        print(f"skipped {staged}: it was being written when the run ended", flush=True)
+    for folder in reversed(checkpoints(out)):
+        try:
+            check_checkpoint(folder)
+        except ValueError as error:
+            print(f"skipped {folder}: {error}", flush=True)
+        else:
+            return str(folder)
+    return None
+
+
 def find_checkpoint(wanted: str | None, output_dir: str, resolved: dict[str, Any]) -> str | None:
-    """The checkpoint folder to continue from, or None to start anew in an unused ``output_dir``.
+    """The checkpoint folder to continue from, or None to start anew.
 
     Args:
-        wanted: ``--resume_from_checkpoint``: a folder, or "true" or "last" for the newest in ``output_dir``.
+        wanted: ``--resume_from_checkpoint``: a folder; "true" or "last" for the newest whole one in ``output_dir``;
+            "auto" for the same if there is one, else a start over whatever a killed run of the same settings left.
+            None starts in an unused ``output_dir``.
         output_dir: The run directory.
         resolved: This run's configuration, as written to ``run.json``.
 
@@ -36,69 +61,68 @@ def find_checkpoint(wanted: str | None, output_dir: str, resolved: dict[str, Any
             settings, or a new run would mix with what ``output_dir`` holds. Nothing has been written then.
     """
     out = Path(output_dir)
-    if wanted is None or starts_anew(wanted):
-        used = next((name for name in _OUTPUTS if (out / name).exists()), None)
-        if used is not None:
+    auto = str(wanted).lower() == "auto"
+    found = last_checkpoint(out) if auto or str(wanted).lower() in ("true", "last") else wanted
+    if starts_anew(found):
+        if not starts_anew(wanted) and not auto:
+            raise ValueError(
+                f"resume_from_checkpoint={wanted}: {out} has no checkpoint that is whole; leave the option out to "
+                "start, or give auto, which starts where there is none"
+            )
+        used = next((path.name for name in _OUTPUTS for path in out.glob(name)), None)
+        if auto and (out / "run.json").is_file():
+            check_same(out, resolved)
+        elif used is not None:
             raise ValueError(
                 f"output_dir={output_dir} holds {used} of an earlier run: choose another folder, remove it, or "
                 "continue with --resume_from_checkpoint last"
             )
         return None
-    if str(wanted).lower() in ("true", "last"):
-        found = get_last_checkpoint(output_dir) if out.is_dir() else None
-        if found is None:
-            raise ValueError(f"resume_from_checkpoint={wanted}: {out} has no checkpoint; leave the option out to start")
-        wanted = str(found)
-    _check_complete(Path(wanted))
-    _check_same(Path(wanted), resolved)
-    return str(wanted)
+    folder = Path(str(found))
+    if found == wanted:
+        check_checkpoint(folder)
+    check_same(folder.parent, resolved)
+    if is_over(folder) and (folder.parent / "metrics.json").is_file():
+        raise ValueError(f"resume_from_checkpoint={folder}: the run is over, all {progress(folder)[1]} steps are done")
+    return str(folder)
 
 
-def _check_complete(folder: Path) -> None:
-    state = folder / "trainer_state.json"
-    if not state.is_file():
-        raise ValueError(f"resume_from_checkpoint={folder}: not a checkpoint folder (no trainer_state.json in it)")
-    weights = [*folder.glob("model*.safetensors"), *folder.glob("adapter_model.safetensors")]
-    missing = [name for name in ("optimizer.pt", "scheduler.pt") if not (folder / name).is_file()]
-    missing += [] if weights else ["model.safetensors"]
-    missing += [] if list(folder.glob("rng_state*.pth")) else ["rng_state.pth"]
-    if missing:
-        raise ValueError(
-            f"resume_from_checkpoint={folder}: {', '.join(missing)} is missing, so the run cannot continue exactly; "
-            "take an older checkpoint, and save without save_only_model"
-        )
-    for path in (*weights, folder / "optimizer.pt", folder / "scheduler.pt"):
-        try:
-            if path.suffix == ".pt":
-                torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            else:
-                with safe_open(path, framework="pt") as tensors:
-                    tensors.keys()
-        except (RuntimeError, pickle.UnpicklingError, EOFError, SafetensorError) as error:
-            reason = str(error).split("\n")[0]
-            raise ValueError(f"{path} is damaged ({reason}): take an older checkpoint") from error
-    progress = json.loads(state.read_text())
-    if progress["global_step"] >= progress["max_steps"] > 0:
-        raise ValueError(
-            f"resume_from_checkpoint={folder}: the run is over, all {progress['max_steps']} steps are done"
-        )
+def is_over(checkpoint: str | Path) -> bool:
+    """Whether a checkpoint is of the last step, so that only the end of the run is left: saving and scoring."""
+    done, of = progress(Path(checkpoint))
+    return done >= of > 0
 
 
-def _check_same(folder: Path, resolved: dict[str, Any]) -> None:
-    """A resumed run continues exactly or not at all: compare with the ``run.json`` beside the checkpoint."""
-    record = folder.parent / "run.json"
+def finished(wanted: str | None, output_dir: str, resolved: dict[str, Any]) -> dict[str, Any] | None:
+    """The metrics of a run that "auto" finds ended, else None.
+
+    Raises:
+        ValueError: If it had other settings.
+    """
+    metrics = Path(output_dir) / "metrics.json"
+    if str(wanted).lower() != "auto" or not metrics.is_file():
+        return None
+    check_same(Path(output_dir), resolved)
+    print(f"the run in {output_dir} is over: these are its metrics")
+    found: dict[str, Any] = json.loads(metrics.read_text())
+    return found
+
+
+def check_same(run: Path, resolved: dict[str, Any]) -> None:
+    """A resumed run continues exactly or not at all: compare with its ``run.json``, if there is one.
+
+    Raises:
+        ValueError: Naming the first setting that differs.
+    """
+    record = run / "run.json"
     if not record.is_file():
         return
     saved, now = json.loads(record.read_text()), json.loads(json.dumps(resolved, default=str))
-    pairs = [(key, saved["training"].get(key), now["training"].get(key)) for key in _DECISIVE]
-    pairs += [(key, saved["molf"].get(key), now["molf"][key]) for key in now["molf"]]
-    pairs += [
-        (key, saved["method"].get(key), now["method"][key])
-        for key in ("method", "dtype", "quantization", "task", "max_examples")
-    ]
-    for key, old, new in pairs:
+    parts = {"training": _DECISIVE, "molf": now["molf"], "method": _OF_METHOD}
+    for key, part in ((key, part) for part, keys in parts.items() for key in keys):
+        old, new = saved.get(part, {}).get(key), now[part].get(key)
         if old != new:
             raise ValueError(
-                f"{key} was {old} in the run of {folder}, now it is {new}: a resumed run continues exactly, so "
-                "keep the options or start a new run in another output_dir"
+                f"{key} was {old} in the run of {run}, now it is {new}: a resumed run continues exactly, so keep the "
+                "options or start a new run in another output_dir"
             )

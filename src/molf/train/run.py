@@ -26,12 +26,14 @@ from ..tasks.prompts import Context
 from .adalora import AdaLoraCallback, AdaLoraTrainer
 from .arguments import MethodArguments, TrainArguments
 from .callbacks import PlanCallback, RoutingCallback
+from .checkpoints import WholeCheckpoints, writing
 from .data import fit_examples, load_data
-from .files import write_json
+from .files import sync, write_json
 from .load import hub_commit, load_model, load_tokenizer, naming, versions
 from .methods import METHODS, Adapted
+from .nonfinite import FiniteSteps, skipped_steps
 from .quantize import PACKAGES, keep_adapters_in_fp32, quantized
-from .resume import find_checkpoint
+from .resume import find_checkpoint, finished, is_over
 
 
 def train(method: MethodArguments, args: TrainArguments) -> dict[str, Any]:
@@ -44,7 +46,7 @@ def train(method: MethodArguments, args: TrainArguments) -> dict[str, Any]:
     Raises:
         ValueError: If an argument, the data, the model or a checkpoint does not fit; no result is written then.
         OSError: If the model or the data cannot be read.
-        NonFiniteGradientError: If a gradient is NaN or infinite; the last checkpoint is good.
+        NonFiniteError: If a loss, gradient or weight is NaN or infinite; the last checkpoint is good.
     """
     method.check_training(args)
     config = method.molf_config(args)
@@ -54,6 +56,8 @@ def train(method: MethodArguments, args: TrainArguments) -> dict[str, Any]:
     elif spec.adapter:
         args.learning_rate, args.weight_decay = config.lora_lr, config.lora_weight_decay
     resolved = _resolved(method, config, args)
+    if (ended := finished(args.resume_from_checkpoint, str(args.output_dir), resolved)) is not None:
+        return ended
     checkpoint = find_checkpoint(args.resume_from_checkpoint, str(args.output_dir), resolved)
     task = get_task(method.task) if method.task is not None else None
     dataset, scored = load_data(task, method)
@@ -70,7 +74,7 @@ def train(method: MethodArguments, args: TrainArguments) -> dict[str, Any]:
     routing = RoutingCallback(out / "routing.jsonl")
     own = [adalora] if method.method == "adalora" else [routing] if spec.routes else []
     trainer = _make_trainer(
-        AdaLoraTrainer if method.method == "adalora" else SFTTrainer,
+        method.method,
         model=model if adapted is None else adapted.model,
         args=args,
         train_dataset=dataset,
@@ -84,9 +88,7 @@ def train(method: MethodArguments, args: TrainArguments) -> dict[str, Any]:
         routing.close()
     if method.method == "adalora":
         metrics["adalora_ranks"] = adalora.changed_ranks()
-    trainer.save_model()
-    if adapted is not None:
-        adapted.save_on_original_base(out)
+    _save(trainer, adapted, out)
     if spec.routes:
         records = read_routing(out / "routing.jsonl")[1]
         metrics["expert_share"] = {name: expert_share(records, i) for i, name in enumerate(config.experts)}
@@ -103,29 +105,54 @@ def _resolved(method: MethodArguments, config: MoLFConfig, args: TrainArguments)
     return {"method": asdict(method), "molf": asdict(config), "training": args.to_dict(), "versions": found}
 
 
-def _make_trainer(trainer: type[SFTTrainer], **arguments: Any) -> SFTTrainer:
+class _Trainer(FiniteSteps, WholeCheckpoints, SFTTrainer):
+    pass
+
+
+class _AdaLoraTrainer(FiniteSteps, WholeCheckpoints, AdaLoraTrainer):
+    pass
+
+
+def _make_trainer(method: str, **arguments: Any) -> Any:
     try:
-        made = trainer(**arguments)
-        keep_adapters_in_fp32(made.model)
-        return made
+        trainer: Any = (_AdaLoraTrainer if method == "adalora" else _Trainer)(**arguments)
     except (RuntimeError, ImportError) as error:  # such as a logger of report_to that is not installed
         raise ValueError(f"the trainer cannot be made: {error}") from error
+    keep_adapters_in_fp32(trainer.model)
+    trainer.on_nonfinite, trainer.nonfinite_limit = trainer.args.on_nonfinite, trainer.args.nonfinite_limit
+    return trainer
 
 
-def _run(trainer: SFTTrainer, checkpoint: str | None, memory: _PeakMemory) -> dict[str, Any]:
+def _save(trainer: Any, adapted: Adapted | None, out: Path) -> None:
+    """Save the trained model, on the disk before any metrics say that the run is over."""
+    with writing(out):
+        trainer.save_model()
+        if adapted is not None:
+            adapted.save_on_original_base(out)
+        for path in out.iterdir():
+            sync(path)
+
+
+def _run(trainer: Any, checkpoint: str | None, memory: _PeakMemory) -> dict[str, Any]:
     """Train; returns loss, steps, time and memory, the last two since the resume if there was one."""
     start = time.perf_counter()
-    loss = trainer.train(resume_from_checkpoint=checkpoint).training_loss
+    if checkpoint is not None and is_over(checkpoint):  # the Trainer would take one step more
+        loss = None
+        trainer.load_ended(checkpoint)
+    else:
+        loss = trainer.train(resume_from_checkpoint=checkpoint).training_loss
     metrics: dict[str, Any] = {
         "train_loss": loss if checkpoint is None else _mean_loss(trainer.state.log_history, loss),
         "steps": trainer.state.global_step,
         "seconds": time.perf_counter() - start,
         "peak_memory_mib": memory.mib(),
     }
+    if trainer.on_nonfinite == "skip":
+        metrics["skipped_steps"] = len(skipped_steps(trainer.state.log_history))
     return metrics if checkpoint is None else {**metrics, "resumed_from": checkpoint}
 
 
-def _mean_loss(history: Sequence[dict[str, Any]], fallback: float) -> float:
+def _mean_loss(history: Sequence[dict[str, Any]], fallback: float | None) -> float | None:
     """Mean training loss over all steps of a resumed run, from what was logged before and after."""
     logged = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
     before = [0, *(step for step, _ in logged)]

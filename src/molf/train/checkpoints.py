@@ -1,0 +1,132 @@
+"""Checkpoints that are there whole or not at all, for any transformers or TRL Trainer."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import TrainerState
+
+from .files import sha256, sync, write_json
+from .verify import MANIFEST, UNFINISHED, check_fits, checkpoints
+
+
+class WholeCheckpoints:
+    """Mixin for a Trainer: ``checkpoint-N`` exists only when everything in it is on the disk.
+
+    The Trainer writes into ``output_dir/unfinished-checkpoint``. There a manifest with the size and SHA-256 of every
+    file is added, all is flushed to the disk, and the folder gets its name ``checkpoint-N`` in one step of the file
+    system; only then are older checkpoints removed. So whatever ends the process, and whenever, the Trainer's own
+    ``resume_from_checkpoint=True`` finds a checkpoint that is whole, ``save_total_limit=1`` included.
+
+    On a resume, a checkpoint of another model or of other experts is refused before any weight is loaded.
+
+    Example:
+        class MyTrainer(WholeCheckpoints, Trainer): ...
+    """
+
+    _staging = False
+
+    def _get_output_dir(self, trial: Any) -> str:
+        run_dir: str = super()._get_output_dir(trial)  # type: ignore[misc]
+        return os.path.join(run_dir, UNFINISHED) if self._staging else run_dir
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        this: Any = self  # the Trainer that this class is mixed into
+        out = Path(this._get_output_dir(trial))
+        final = out / f"checkpoint-{this.state.global_step}"
+        staged = out / UNFINISHED / final.name
+        if this.args.should_save:
+            shutil.rmtree(staged.parent, ignore_errors=True)
+        this.accelerator.wait_for_everyone()
+        self._staging = True
+        try:
+            with writing(final):
+                super()._save_checkpoint(model, trial)  # type: ignore[misc]
+                this._finish_current_push()  # an upload reads the staged folder
+                this.accelerator.wait_for_everyone()
+                if this.args.should_save:
+                    if this.state.best_model_checkpoint and Path(this.state.best_model_checkpoint) == staged:
+                        this.state.best_model_checkpoint = str(final)
+                        this.state.save_to_json(str(staged / "trainer_state.json"))
+                    publish(staged, final)
+        finally:
+            self._staging = False
+            if this.args.should_save:
+                shutil.rmtree(staged.parent, ignore_errors=True)
+        if this.args.should_save:
+            rotate(final, this.args.save_total_limit, this.state.best_model_checkpoint)
+        this.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        this: Any = self
+        check_fits(Path(resume_from_checkpoint), this.model, this.optimizer_cls_and_kwargs)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+
+    def load_ended(self, checkpoint: str) -> None:
+        """Take over weights and state of a checkpoint of the last step; ``train`` would make one step more."""
+        this: Any = self
+        this._load_from_checkpoint(checkpoint)
+        this.state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+        if this.args.should_save:  # the run may have been killed before it did
+            rotate(Path(checkpoint), this.args.save_total_limit, this.state.best_model_checkpoint)
+
+
+def publish(staged: Path, final: Path) -> None:
+    """Give a folder that is complete its name; see ``WholeCheckpoints``.
+
+    Args:
+        staged: The folder, in one of its own.
+        final: Its name; a folder that has it is replaced.
+
+    Raises:
+        OSError: If the disk is full.
+    """
+    files = sorted(path for path in staged.rglob("*") if path.is_file())
+    entries = {str(path.relative_to(staged)): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}
+    for path in (*files, *(path for path in staged.rglob("*") if path.is_dir())):
+        sync(path)
+    write_json(staged / MANIFEST, {"files": entries})
+    if final.exists():
+        final.rename(staged.parent / "replaced")
+    staged.rename(final)
+    sync(final.parent)
+
+
+def rotate(newest: Path, limit: int | None, best: str | None) -> None:
+    """Remove the oldest checkpoints beyond a limit, but never the newest, which is whole, nor the best.
+
+    transformers' own goes by the time of change or, where that says nothing, by the step, and may then keep a damaged
+    checkpoint of a later step in place of the newest.
+
+    Args:
+        newest: The checkpoint that was saved last.
+        limit: How many to keep, or None for all.
+        best: The Trainer's best checkpoint, if it has one.
+    """
+    kept = {path.resolve() for path in (newest, *([Path(best)] if best else [])) if path.is_dir()}
+    others = [path for path in checkpoints(newest.parent) if path.resolve() not in kept]
+    for path in others[: max(0, len(others) + len(kept) - limit)] if limit is not None and limit > 0 else ():
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """One clear error where a file or folder cannot be written; torch.save does not say that the disk is full.
+
+    Raises:
+        OSError: With the free space and what to do.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        free = shutil.disk_usage(path.parent).free / 2**20
+        raise OSError(
+            f"{path} cannot be written, with {free:.1f} MiB free on its disk ({' '.join(str(error).split())[:200]}): "
+            "make room and continue with --resume_from_checkpoint last; older checkpoints are whole"
+        ) from error

@@ -1,0 +1,173 @@
+"""Whether a checkpoint is whole and fits a model. Looked at before anything is loaded from it; no pickle is run."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from transformers.trainer_pt_utils import safe_globals
+
+from ..optim import MoLFConfig
+from .files import sha256
+
+MANIFEST = "manifest.json"
+"""Size and SHA-256 of every other file of a checkpoint."""
+
+UNFINISHED = "unfinished-checkpoint"
+"""The folder within ``output_dir`` that a checkpoint is written in."""
+
+_ADAPTER = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora")
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The folders ``checkpoint-N`` of a run, whole or not, by N."""
+    found = [path for path in folder.glob("checkpoint-*") if path.is_dir() and _step(path).isdecimal()]
+    return sorted(found, key=lambda path: int(_step(path)))
+
+
+def _step(path: Path) -> str:
+    return path.name.rpartition("-")[2]
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Whether everything that an exact resume needs is there, unchanged and readable.
+
+    Raises:
+        ValueError: Naming the file and what is wrong with it.
+    """
+    if not (folder / "trainer_state.json").is_file():
+        raise ValueError(f"resume_from_checkpoint={folder}: not a checkpoint folder (no trainer_state.json in it)")
+    weights = [*folder.glob("model*.safetensors"), *folder.glob("adapter_model.safetensors")]
+    states = list(folder.glob("rng_state*.pth"))
+    missing = [name for name in ("optimizer.pt", "scheduler.pt") if not (folder / name).is_file()]
+    missing += [] if weights else ["model.safetensors"]
+    missing += [] if states else ["rng_state.pth"]
+    if missing:
+        raise ValueError(
+            f"resume_from_checkpoint={folder}: {', '.join(missing)} is missing, so the run cannot continue exactly; "
+            "take an older checkpoint, and save without save_only_model"
+        )
+    _check_manifest(folder)
+    progress(folder)
+    for path in weights:
+        _shapes([path])
+    for path in (folder / "optimizer.pt", folder / "scheduler.pt", *states):
+        _load(path)
+
+
+def progress(folder: Path) -> tuple[int, int]:
+    """Steps done and steps in all, as the checkpoint has them.
+
+    Raises:
+        ValueError: If ``trainer_state.json`` is damaged.
+    """
+    state = folder / "trainer_state.json"
+    try:
+        found = json.loads(state.read_text())
+        return found["global_step"], found["max_steps"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{state} is damaged ({error}): take an older checkpoint") from error
+
+
+def check_fits(folder: Path, model: Any, optimizer_cls_and_kwargs: tuple[Any, dict[str, Any]] | None) -> None:
+    """Whether weights and optimizer state of a checkpoint are of this model and of these experts.
+
+    Args:
+        folder: The checkpoint.
+        model: The model that is to go on.
+        optimizer_cls_and_kwargs: The Trainer's argument; a MoLFConfig in it is compared with the saved one.
+
+    Raises:
+        ValueError: Naming the first thing that differs, with both values. Nothing has been loaded then.
+    """
+    if isinstance(model, PeftModel):
+        own = get_peft_model_state_dict(model)
+        _check_adapter(folder, model.peft_config["default"])
+        saved = _shapes(folder.glob("adapter_model.safetensors"))
+    else:
+        own = model.state_dict()
+        saved = _shapes(folder.glob("model*.safetensors"))
+    there = {own[name].data_ptr() for name in own.keys() & saved.keys()}
+    lost = sorted(name for name in own.keys() - saved.keys() if own[name].data_ptr() not in there)  # but for tied ones
+    for name in sorted(saved.keys() - own.keys()) or lost:
+        has, lacks = ("this model", "the checkpoint") if name in own else ("the checkpoint", "this model")
+        raise ValueError(f"{folder} is of another model or method: {has} has {name}, {lacks} has not")
+    for name, shape in saved.items():
+        if shape != tuple(own[name].shape):
+            raise ValueError(f"{folder} is of another model: {name} has shape {shape}, here {tuple(own[name].shape)}")
+    config = (optimizer_cls_and_kwargs or (None, {}))[1].get("config")
+    _check_experts(folder / "optimizer.pt", config if isinstance(config, MoLFConfig) else None)
+
+
+def _check_adapter(folder: Path, own: Any) -> None:
+    path = folder / "adapter_config.json"
+    saved = json.loads(path.read_text()) if path.is_file() else {}
+    for key in _ADAPTER:
+        here = getattr(own, key, None)
+        if key in saved and saved[key] != here:
+            raise ValueError(f"{folder} is of another adapter: its {key} is {saved[key]}, here {here}")
+
+
+def _check_experts(path: Path, config: MoLFConfig | None) -> None:
+    saved = _load(path)["param_groups"][0]
+    if config is None or "expert_ranks" not in saved:
+        if config is not None or "expert_ranks" in saved:
+            one, other = ("AdamW's", "MoLFAdamW") if config else ("MoLFAdamW's", "another optimizer")
+            raise ValueError(f"{path} is {one}, and this run has {other}: continue with the same method")
+        return
+    for key in ("expert_ranks", "scales", "score_fn", "top_k", "policy", "random_shares", "policy_seed"):
+        old, new = (list(x) if isinstance(x, tuple) else x for x in (saved[key], getattr(config, key)))
+        if old != new:
+            raise ValueError(f"{path} was made with {key}={old}, this run has {new}: continue with the same options")
+
+
+def _check_manifest(folder: Path) -> None:
+    """Compare with the manifest; checkpoints of a plain Trainer have none."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        return
+    try:
+        files = json.loads(path.read_text())["files"].items()
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): take an older checkpoint") from error
+    for name, entry in files:
+        file = folder / name
+        if not file.is_file():
+            raise ValueError(f"{file} is missing: take an older checkpoint")
+        if file.stat().st_size != entry["bytes"]:
+            found = f"it has {file.stat().st_size} bytes, saved were {entry['bytes']}"
+            raise ValueError(f"{file} is damaged ({found}): take an older checkpoint")
+        if sha256(file) != entry["sha256"]:
+            raise ValueError(f"{file} is not the file that was saved (another SHA-256): take an older checkpoint")
+
+
+def _shapes(paths: Iterable[Path]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes in safetensors files."""
+    found: dict[str, tuple[int, ...]] = {}
+    for path in paths:
+        try:
+            with safe_open(path, framework="pt") as tensors:
+                found |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise _damaged(path, error) from error
+    return found
+
+
+def _load(path: Path) -> Any:
+    """What torch saved, with its tensors left on the disk; code in it is refused, not run."""
+    try:
+        with safe_globals():  # numpy's arrays, which the random states hold
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    reason = str(error).split("\n")[0]
+    return ValueError(f"{path} is damaged ({reason}): take an older checkpoint")
