@@ -10,10 +10,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from importlib import import_module
 from importlib.util import find_spec
+from inspect import signature
 from typing import Any
 
 import torch
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
 from ..optim import MoLFConfig, create_molf_optimizer, molf_lora_config
 from .presets import Preset, Settings, build_model, get_preset
@@ -25,7 +26,7 @@ class Kind:
 
     Attributes:
         help: One line for the user.
-        optimizer: "molf", or the optimizer's class as "module:Class", or "" for ``torch.optim.AdamW``.
+        optimizer: "molf", or the optimizer's class as "module:Class".
         adapter: PEFT's part: "" none, "stacked" one LoRA, "two" one adapter per rank.
         efficient: Whether its ranks are ``efficient_ranks``.
         options: Keyword arguments of the optimizer or fields of ``MoLFConfig``.
@@ -43,20 +44,21 @@ class Kind:
     amp: bool = False
 
 
+_ADAMW = "torch.optim:AdamW"
 _FUSED: dict[str, Any] = {"fused": True}
 
 KINDS = {
-    "fft": Kind("full fine-tuning, AdamW(fused=True) on the weights in their dtype", "", options=_FUSED),
-    "fft-amp": Kind("the same with fp32 weights under bf16 autocast", "", options=_FUSED, amp=True),
-    "fft-foreach": Kind("full fine-tuning, AdamW(foreach=True)", "", options={"foreach": True}),
+    "fft": Kind("full fine-tuning, AdamW(fused=True) on the weights in their dtype", _ADAMW, options=_FUSED),
+    "fft-amp": Kind("the same with fp32 weights under bf16 autocast", _ADAMW, options=_FUSED, amp=True),
+    "fft-foreach": Kind("full fine-tuning, AdamW(foreach=True)", _ADAMW, options={"foreach": True}),
     "fft-8bit": Kind("full fine-tuning, torchao's AdamW8bit", "torchao.optim:AdamW8bit"),
     "molf": Kind("MoLF on the untouched model, after LoRA has won once", late=True),
     "molf-dense": Kind("the same where dense always wins and LoRA never has", options={"policy": "fixed-dense"}),
     "molf-dense-late": Kind("the same where dense always wins but LoRA has won", options={"lora_lr": 0.0}, late=True),
     "molf-lora": Kind("the same where LoRA always wins", options={"policy": "fixed-lora"}),
     "molf-superposed": Kind("MoLF with its experts in a PEFT adapter over a trained base", adapter="stacked"),
-    "lora": Kind("one PEFT LoRA of the summed rank, AdamW(fused=True)", "", "stacked", True, _FUSED),
-    "lora-2": Kind("one PEFT adapter per rank, AdamW(fused=True)", "", "two", True, _FUSED),
+    "lora": Kind("one PEFT LoRA of the summed rank, AdamW(fused=True)", _ADAMW, "stacked", True, _FUSED),
+    "lora-2": Kind("one PEFT adapter per rank, AdamW(fused=True)", _ADAMW, "two", True, _FUSED),
     "molf-e": Kind("MoLF-Efficient: one stacked PEFT LoRA", adapter="stacked", efficient=True,
                    options={"train_base": False}),
 }  # fmt: skip
@@ -100,9 +102,7 @@ class Contender:
         """
         match = SYNTAX.fullmatch(label)
         if match is None:
-            raise ValueError(
-                f"contender {label!r}: write NAME, NAME@PRESET, or either with :key=value,key=value or :JSON"
-            )
+            raise ValueError(f"contender {label!r}: write NAME[@PRESET][:OPTIONS], as key=value,key=value or as JSON")
         name, own, options = match.groups()
         if name not in KINDS and ":" not in name:
             raise ValueError(f"contender {name!r}: choose one of {', '.join(KINDS)}, or an optimizer as module:Class")
@@ -122,6 +122,30 @@ class Contender:
         ranks = settings.efficient_ranks if self.kind.efficient else settings.ranks
         own = self.kind.options if self.kind.optimizer == "molf" else {"train_base": not self.kind.adapter}
         return MoLFConfig(**{"expert_ranks": ranks, **own})
+
+    def optimizer_class(self) -> Any:
+        """The class of an optimizer that is not MoLF's.
+
+        Raises:
+            ValueError: If it cannot be imported, or does not take these options.
+        """
+        module, _, name = self.kind.optimizer.partition(":")
+        try:
+            made: Any = getattr(import_module(module), name)
+            signature(made).bind([], **self.kind.options)
+        except (ImportError, AttributeError, TypeError) as error:
+            raise ValueError(f"contender {self.label!r}: {error}") from error
+        return made
+
+    def check(self, settings: Settings) -> None:
+        """Look at the options before anything is built.
+
+        Raises:
+            ValueError: As ``config`` and ``optimizer_class``.
+        """
+        self.config(settings)
+        if self.kind.optimizer != "molf":
+            self.optimizer_class()
 
 
 def default_contenders(bench: str, dtype: str) -> list[str]:
@@ -158,14 +182,15 @@ def build(contender: Contender, settings: Settings) -> tuple[Any, Optimizer]:
     dtype = torch.float32 if kind.amp else getattr(torch, settings.dtype)
     model = build_model(contender.preset, dtype, settings.device, settings.seed)
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})  # the same by its newer and its older name
     model = _adapted(model, kind.adapter, config)
     if kind.optimizer == "molf":
         return model, create_molf_optimizer(model, config)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
-        return model, _optimizer_class(kind.optimizer)(trained, **kind.options)
-    except (TypeError, ImportError, AttributeError) as error:
+        return model, contender.optimizer_class()(trained, **kind.options)
+    except TypeError as error:  # an option's value
         raise ValueError(f"contender {contender.label!r}: {error}") from error
 
 
@@ -185,13 +210,6 @@ def _adapted(model: Any, adapter: str, config: MoLFConfig) -> Any:
             model.add_adapter(name, own)
     model.base_model.set_adapter(names)  # the outer set_adapter takes one name only
     return model
-
-
-def _optimizer_class(path: str) -> Any:
-    if not path:
-        return AdamW
-    module, _, name = path.partition(":")
-    return getattr(import_module(module), name)
 
 
 @contextmanager

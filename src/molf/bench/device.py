@@ -1,10 +1,11 @@
-"""The device: its clock, its bandwidth, and how often a step waits for it."""
+"""The device: its clock and bandwidth, what it compiled, and how often a step waits for it."""
 
 from __future__ import annotations
 
 import gc
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -25,6 +26,12 @@ def free() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def compilations() -> int:
+    """Graphs that torch.compile has made in this process."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
 
 
 def copy_bandwidth(device: str, mebibytes: int = 256, copies: int = 10) -> float:
@@ -73,7 +80,7 @@ def floor_bytes(optimizer: Optimizer, dense_wins: float) -> int | None:
 
 
 def device_syncs(step: Callable[[], Any]) -> dict[str, int]:
-    """How often a step waits for the GPU, and how many copies to the host it makes, from a profiler's trace."""
+    """How often a step waits for the GPU, from a profiler's trace; see ``waits``."""
     from torch.profiler import ProfilerActivity, profile, record_function
 
     torch.cuda.synchronize()
@@ -81,11 +88,15 @@ def device_syncs(step: Callable[[], Any]) -> dict[str, int]:
         with record_function("step"):
             step()
         torch.cuda.synchronize()
-    events = trace.events()
-    spans = [event.time_range for event in events if event.name == "step" and not event.is_async]
-    inside = [e for e in events if spans[0].start <= e.time_range.start <= spans[0].end]
-    waits = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
-    return {
-        **{name: sum(event.name == name for event in inside) for name in waits},
-        "copies_to_host": sum(event.name.startswith("Memcpy DtoH") for event in events),
-    }
+    return waits(trace.events())
+
+
+def waits(events: Iterable[Any]) -> dict[str, int]:
+    """Calls within the range "step" that wait for the device, by name, and copies from the device to the host."""
+    events = list(events)
+    on_cpu = [event for event in events if event.device_type.name == "CPU"]
+    span = next(event.time_range for event in on_cpu if event.name == "step")
+    inside = [event.name for event in on_cpu if span.start <= event.time_range.start <= span.end]
+    names = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
+    copies = sum(event.name.startswith("Memcpy DtoH") for event in events)
+    return {**{name: inside.count(name) for name in names}, "copies_to_host": copies}

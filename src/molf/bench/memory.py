@@ -37,7 +37,7 @@ _STATUS = Path("/proc/self/status")
 
 
 def measure_apart(contender: Contender, settings: Settings, threads: int) -> dict[str, Any]:
-    """``measure`` in a fresh process.
+    """``measure`` in a fresh process; {"error": ...} if the device has no memory for it.
 
     Raises:
         ChildProcessError: If it fails; its error is on stderr.
@@ -131,7 +131,12 @@ def main(text: str) -> None:
     request = json.loads(text)
     settings = Settings(**request["settings"])
     torch.set_num_threads(request["threads"])
-    print(json.dumps(measure(Contender.parse(request["contender"], settings.preset), settings)))
+    try:
+        print(json.dumps(measure(Contender.parse(request["contender"], settings.preset), settings)))
+    except torch.OutOfMemoryError as error:
+        print(json.dumps({"error": str(error).splitlines()[0]}))
+    except ValueError as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

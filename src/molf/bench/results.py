@@ -9,6 +9,9 @@ from typing import Any
 
 from ..train.files import write_json
 
+DIGITS = 4
+"""Decimals that are kept: 0.1 microseconds."""
+
 UNITS = {"step": "ms", "train": "ms", "memory": "MiB"}
 
 
@@ -64,12 +67,12 @@ class Results:
 
     def add_warmup(self, label: str, values: Sequence[float]) -> None:
         """The steps before the rounds; the first one's includes what is made or compiled on first use."""
-        self._warmup[label] += values
+        self._warmup[label] += [round(value, DIGITS) for value in values]
         self.write()
 
     def add_round(self, label: str, parts: Mapping[str, float]) -> None:
         """One round's measurement: "total", and its parts."""
-        self._rounds[label].append(parts)
+        self._rounds[label].append({key: round(value, DIGITS) for key, value in parts.items()})
         self.write()
 
     def totals(self, label: str) -> list[float]:
@@ -77,16 +80,17 @@ class Results:
         return [parts["total"] for parts in self._rounds[label]]
 
     def entry(self, label: str) -> dict[str, Any]:
-        """What the file says of a contender."""
+        """What the file says of a contender; ratios are of the whole and of a step without its matmuls."""
         rounds = self._rounds[label]
         keys = list(rounds[0]) if rounds else []
+        compared = [key for key in keys if key in ("total", "without_matmuls")]
         return {
             **self._facts[label],
             "warmup": self._warmup[label],
             "rounds": {key: [parts[key] for parts in rounds] for key in keys},
             "summary": {key: summary([parts[key] for parts in rounds]) for key in keys},
             "ratios": {
-                peer: {key: ratio([parts[key] for parts in rounds], self.totals(peer)) for key in keys}
+                peer: {key: ratio([parts[key] for parts in rounds], self.totals(peer)) for key in compared}
                 for peer in self.baselines
                 if keys and self.totals(peer)
             },

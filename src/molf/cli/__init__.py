@@ -9,11 +9,11 @@ from importlib import import_module
 from ..optim import NonFiniteGradientError, ResumeError
 
 COMMANDS = {
-    "bench": "time and memory of a step of each optimizer, side by side",
     "demo": "fine-tune the bundled model by every method and compare",
     "compare": "which method, at which learning rate, for your data",
     "eval": "a task's metrics of any model or adapter",
     "train": "fine-tune a model on your data by MoLF, full fine-tuning, LoRA and its kin, or a control",
+    "bench": "time and memory of a step of each optimizer, side by side",
 }
 
 USAGE = "usage: molf COMMAND [options]\n\ncommands:\n" + "\n".join(

@@ -28,8 +28,8 @@ DESCRIPTION = """Time or weigh optimizers on a model with random weights: nothin
     molf bench memory --preset cpu-small --out memory.json   peak memory of training steps, a process for each
 
 Contenders take turns within every round, A B C A B C ..., and are divided by the baselines round by round: compare
-ratios, not milliseconds. Each is NAME[@PRESET][:OPTIONS], such as molf, molf@cpu-deep, molf:expert_ranks=[32,32],top_k=2
-or torch.optim:SGD:{"lr": 0.1}; OPTIONS are fields of MoLFConfig, or the optimizer's arguments. Names:
+ratios, not milliseconds. Each is NAME[@PRESET][:OPTIONS], such as molf@cpu-deep, molf:expert_ranks=[32,32],top_k=2 or
+torch.optim:SGD:{"lr": 0.1}; OPTIONS are fields of MoLFConfig, or the optimizer's arguments. Names:
 
 """
 
@@ -41,12 +41,12 @@ def run(argv: Sequence[str]) -> None:
         ValueError: For bad options; nothing is measured then.
         ChildProcessError: If a process that measures memory fails.
     """
-    options = _parse(argv)
+    options = parse(argv)
     settings = _settings(options)
     labels = options.contenders or default_contenders(options.bench, settings.dtype)
     contenders = [Contender.parse(label, options.preset) for label in labels]
     for contender in contenders:
-        contender.config(settings)  # a bad option is said before anything is measured
+        contender.check(settings)
     baselines = _baselines(options.baseline, labels)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -76,13 +76,22 @@ def run(argv: Sequence[str]) -> None:
 def _weigh(contenders: Sequence[Contender], settings: Settings, results: Results, rounds: int) -> None:
     for number in range(rounds):
         for contender in contenders:
+            label = contender.label
             measured = measure_apart(contender, settings, torch.get_num_threads())
-            results.add_facts(contender.label, measured["facts"])
-            results.add_round(contender.label, measured["parts"])
-            say(f"round {number + 1}/{rounds}: {contender.label}: {results.totals(contender.label)[-1]:.0f} MiB")
+            if "error" in measured:
+                results.add_facts(label, measured)
+            else:
+                results.add_facts(label, measured["facts"])
+                results.add_round(label, measured["parts"])
+            say(f"round {number + 1}/{rounds}: {label}: {measured.get('error') or results.totals(label)[-1]}")
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line's options.
+
+    Raises:
+        ValueError: For an option that is unknown, missing or out of its range.
+    """
     names = "\n".join(f"  {name:16} {kind.help}" for name, kind in KINDS.items())
     parser = Parser(
         prog="molf bench", description=DESCRIPTION + names, formatter_class=argparse.RawDescriptionHelpFormatter
