@@ -83,6 +83,7 @@ def test_what_is_refused(tmp_path, capsys) -> None:
     assert "one is named twice" in refused("--contenders", "fft", "molf", "fft")
     assert "--baseline lora: choose one of the contenders fft" in refused("--contenders", "fft", "--baseline", "lora")
     assert "argument --rounds: 0: must be at least 1" in refused("--rounds", "0")
+    assert "--warmup 1: give at least 2" in refused("--warmup", "1")
     assert "--turns -1: must not be negative" in refused("--turns", "-1")
     assert not out.exists()
     assert "invalid choice: 'speed'" in refusal(capsys, "speed", "--preset", "tiny", "--out", str(out))
@@ -170,6 +171,26 @@ def test_order_of_rounds(tmp_path, turns: int, order: str) -> None:
     assert entry["warmup"] == [9.0, 9.0] * max(turns, 1)
     assert entry["ratios"]["fft"]["total"]["median"] == 2.0
     assert "molf" in results.table()
+
+
+@pytest.mark.usefixtures("_no_collection")
+def test_compilations_are_counted_apart(tmp_path, monkeypatch) -> None:
+    """Those of the warm-up with the contender that they were made for; those that spoil a round for all."""
+    made = [0]
+    monkeypatch.setattr("molf.bench.timing.compilations", lambda: made[0])
+
+    class Compiling(Fake):
+        def warm_up(self, steps: int) -> list[float]:
+            made[0] += 2
+            return super().warm_up(steps)
+
+        def round(self, steps: int) -> dict[str, float]:
+            made[0] += self.contender.label == "molf"
+            return super().round(steps)
+
+    results = rehearse(tmp_path / "out.json", lambda contender: Compiling(contender, []), turns=2)
+    assert [results.entry(label)["compilations"] for label in ("fft", "molf", "lora")] == [4, 4, 4]
+    assert json.loads((tmp_path / "out.json").read_text())["compilations_in_rounds"] == 3
 
 
 @pytest.mark.usefixtures("_no_collection")

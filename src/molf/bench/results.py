@@ -45,6 +45,10 @@ class Results:
         header: Settings, environment and command.
         labels: The contenders, in the order of measurement.
         baselines: Contenders that all others are divided by.
+
+    Attributes:
+        complete: Whether the run has ended.
+        compilations_in_rounds: Graphs compiled while times were taken; the times are of steps alone if it is 0.
     """
 
     def __init__(
@@ -56,6 +60,7 @@ class Results:
         self.labels = list(labels)
         self.baselines = list(baselines)
         self.complete = False
+        self.compilations_in_rounds = 0
         self._facts: dict[str, dict[str, Any]] = {label: {} for label in labels}
         self._warmup: dict[str, list[float]] = {label: [] for label in labels}
         self._rounds: dict[str, list[Mapping[str, float]]] = {label: [] for label in labels}
@@ -69,6 +74,10 @@ class Results:
         """The steps before the rounds; the first one's includes what is made or compiled on first use."""
         self._warmup[label] += [round(value, DIGITS) for value in values]
         self.write()
+
+    def add_compilations(self, label: str, graphs: int) -> None:
+        """Graphs compiled while a contender warmed up; what an earlier one has compiled is not compiled again."""
+        self.add_facts(label, {"compilations": graphs + self._facts[label].get("compilations", 0)})
 
     def add_round(self, label: str, parts: Mapping[str, float]) -> None:
         """One round's measurement: "total", and its parts."""
@@ -99,7 +108,8 @@ class Results:
     def write(self) -> None:
         """Replace the file."""
         contenders = {label: self.entry(label) for label in self.labels}
-        head = {"bench": self.bench, "unit": UNITS[self.bench], "complete": self.complete}
+        head: dict[str, Any] = {"bench": self.bench, "unit": UNITS[self.bench], "complete": self.complete}
+        head["compilations_in_rounds"] = self.compilations_in_rounds
         write_json(self.path, {**head, **self.header, "contenders": contenders})
 
     def table(self) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from .contenders import Contender
-from .device import free
+from .device import compilations, free
 from .results import Results
 from .workload import Workload
 
@@ -29,7 +29,8 @@ def interleave(
         make: Builds one.
         results: Where the measurements go.
         rounds: How many rounds.
-        warmup: Steps before the rounds, at least 1: the first one makes state and compiles.
+        warmup: Steps before the rounds, at least 2: the first one makes state and compiles, and where LoRA won it, what
+            later winners need is compiled in the second.
         turns: 0 keeps all contenders alive at once. Where memory has no room for that, N builds them one after the
             other, N times over, each time for rounds / N rounds: A A A B B B A A A B B B. A round's ratio is then of
             times that lie a turn apart, and a drift shorter than a turn does not cancel.
@@ -56,17 +57,21 @@ def _block(
         label = contender.label
         if "error" in results.entry(label):
             continue
+        before = compilations()
         try:
             alive[label] = make(contender)
             results.add_warmup(label, alive[label].warm_up(warmup))
         except torch.OutOfMemoryError as error:
             alive.pop(label, None)
             results.add_facts(label, {"error": str(error).splitlines()[0]})
+        results.add_compilations(label, compilations() - before)
         say(f"{label}: {results.entry(label).get('error', 'ready')}")
+    before = compilations()
     for number in numbers:
         for label, workload in alive.items():
             results.add_round(label, workload.round(workload.settings.steps))
             say(f"round {number + 1}/{rounds}: {label}: {results.totals(label)[-1]:.2f} ms")
+    results.compilations_in_rounds += compilations() - before
     for label, workload in alive.items():
         results.add_facts(label, workload.facts())
 

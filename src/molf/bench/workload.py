@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..optim import MoLFAdamW, virtual
 from .contenders import Contender, build, lora_wins
-from .device import clock, compilations, device_syncs, floor_bytes
+from .device import clock, device_syncs, floor_bytes
 from .presets import Settings
 
 
@@ -32,7 +32,6 @@ class Workload:
         start = clock(settings.device)
         self.model, self.optimizer = build(contender, settings)
         self.build_seconds = clock(settings.device) - start
-        self.compiled = 0
         self.generator = torch.Generator(settings.device).manual_seed(settings.seed)
 
     def round(self, steps: int) -> dict[str, float]:
@@ -41,24 +40,17 @@ class Workload:
 
     def warm_up(self, steps: int) -> list[float]:
         """Milliseconds of the first steps: they make state and compile, and LoRA wins a late contender's first."""
-        before = compilations()
         with lora_wins(self.optimizer) if self.contender.kind.late else nullcontext():
             first = self.round(1)["total"]
-        times = [first, *(self.round(1)["total"] for _ in range(steps - 1))]
-        self.compiled = compilations() - before
-        return times
+        return [first, *(self.round(1)["total"] for _ in range(steps - 1))]
 
     def facts(self) -> dict[str, Any]:
-        """Parameters, seconds to build, graphs compiled, and the share of layers that dense won in the last step.
-
-        What an earlier contender of the run has compiled is not compiled again.
-        """
+        """Parameters, seconds to build, and the share of layers that dense won in the last step."""
         parameters = list(self.model.parameters())
         return {
             "parameters": sum(p.numel() for p in parameters),
             "trainable": sum(p.numel() for p in parameters if p.requires_grad),
             "build_s": self.build_seconds,
-            "compilations": self.compiled,
             "dense_wins": dense_share(self.optimizer),
         }
 

@@ -103,7 +103,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--contenders", nargs="+", help="what to compare; see above")
     add("--baseline", nargs="+", help="contenders that all are divided by; default: fft, fft-amp and lora")
     add("--rounds", type=_count, help="default 9, or 1 for memory")
-    add("--warmup", type=_count, default=3, help="steps before the rounds, told apart: they compile; default 3")
+    add(
+        "--warmup",
+        type=_count,
+        default=3,
+        help="steps before the rounds, told apart; at least 2, default 3",
+    )
     add("--steps", type=_count, help="steps per round; default 5 for step, 1 for train")
     add("--turns", type=int, default=0, help="build contenders one at a time, N times over, where not all fit at once")
     add("--threads", type=_count, help="CPU threads; default: torch's")
@@ -143,6 +148,8 @@ def _settings(options: argparse.Namespace) -> Settings:
     settings = Settings(**{**default, **{name: value for name, value in given.items() if value is not None}})
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: there is none; use --device cpu")
+    if options.warmup < 2:
+        raise ValueError(f"--warmup {options.warmup}: give at least 2, one that LoRA wins and one as later ones are")
     if options.turns < 0:
         raise ValueError(f"--turns {options.turns}: must not be negative")
     return settings
