@@ -140,6 +140,14 @@ class Fake:
         return {"parameters": 1}
 
 
+def test_tokens_per_second(tmp_path) -> None:
+    results = Results(tmp_path / "out.json", "train", {}, ["fft"], ["fft"], tokens=2048)
+    for ms in (900.0, 1000.0, 5000.0):
+        results.add_round("fft", {"total": ms})
+    assert results.entry("fft")["tokens_per_s"] == 2048.0
+    assert "2048" in results.table()
+
+
 def rehearse(path: Path, make, turns: int = 0) -> Results:
     contenders = [Contender.parse(label, "tiny") for label in ("fft", "molf", "lora")]
     results = Results(path, "step", {}, [contender.label for contender in contenders], ["fft"])
@@ -449,7 +457,12 @@ def test_gpu_results(performance, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(performance, "RESULTS", tmp_path)
     assert performance.gpu().count("not measured") == 2
     times = {"rounds": {"total": [2.0]}, "summary": {"total": summary([2.0])}, "warmup": [5.0], "dense_wins": None}
-    entry = {**times, "floor_bytes": 10**6, "syncs": {"cudaStreamSynchronize": 1, "copies_to_host": 1}}
+    entry = {
+        **times,
+        "tokens_per_s": 1.0,
+        "floor_bytes": 10**6,
+        "syncs": {"cudaStreamSynchronize": 1, "copies_to_host": 1},
+    }
     stamp = {"device": "GPU", "command": "c", "torch": "t", "transformers": "t", "peft": "p", "commit": "c"}
     stamp |= {"load_at_start": [0.0], "load_at_end": [0.0]}
     head = {"complete": True, "environment": stamp, "copy_gb_per_s": 1.0, "settings": vars(TINY)}

@@ -45,6 +45,7 @@ class Results:
         header: Settings, environment and command.
         labels: The contenders, in the order of measurement.
         baselines: Contenders that all others are divided by.
+        tokens: Per training step, for tokens/s; 0 where there are none.
 
     Attributes:
         complete: Whether the run has ended.
@@ -52,13 +53,20 @@ class Results:
     """
 
     def __init__(
-        self, path: Path, bench: str, header: Mapping[str, Any], labels: Sequence[str], baselines: Sequence[str]
+        self,
+        path: Path,
+        bench: str,
+        header: Mapping[str, Any],
+        labels: Sequence[str],
+        baselines: Sequence[str],
+        tokens: int = 0,
     ) -> None:
         self.path = path
         self.bench = bench
         self.header = dict(header)
         self.labels = list(labels)
         self.baselines = list(baselines)
+        self.tokens = tokens
         self.complete = False
         self.compilations_in_rounds = 0
         self._facts: dict[str, dict[str, Any]] = {label: {} for label in labels}
@@ -92,9 +100,11 @@ class Results:
         """What the file says of a contender; ratios are of the whole and of a step without its matmuls."""
         rounds = self._rounds[label]
         keys = list(rounds[0]) if rounds else []
+        speed = {"tokens_per_s": 1e3 * self.tokens / median(self.totals(label))} if self.tokens and rounds else {}
         compared = [key for key in keys if key in ("total", "without_matmuls")]
         return {
             **self._facts[label],
+            **speed,
             "warmup": self._warmup[label],
             "rounds": {key: [parts[key] for parts in rounds] for key in keys},
             "summary": {key: summary([parts[key] for parts in rounds]) for key in keys},
@@ -115,16 +125,18 @@ class Results:
     def table(self) -> str:
         """Medians, quartiles and ratios as an aligned text table."""
         unit = UNITS[self.bench]
-        rows = [["contender", f"{unit}, median", "quartiles", *(f"/ {peer}" for peer in self.baselines)]]
+        speed = ["tokens/s"] if self.tokens else []
+        rows = [["contender", f"{unit}, median", "quartiles", *speed, *(f"/ {peer}" for peer in self.baselines)]]
         for label in self.labels:
             entry = self.entry(label)
             if not entry["summary"]:
-                rows.append([label, entry.get("error", "-"), "", *("" for _ in self.baselines)])
+                rows.append([label, entry.get("error", "-"), *[""] * (len(rows[0]) - 2)])
                 continue
             own = entry["summary"]["total"]
-            ratios = [f"{entry['ratios'][peer]['total']['median']:.3f}" if peer in entry["ratios"] else "-"
-                      for peer in self.baselines]  # fmt: skip
-            rows.append([label, f"{own['median']:.2f}", f"{own['q1']:.2f} to {own['q3']:.2f}", *ratios])
+            cells = [f"{own['median']:.2f}", f"{own['q1']:.2f} to {own['q3']:.2f}"]
+            cells += [f"{entry['tokens_per_s']:.0f}"] if self.tokens else []
+            peers = [entry["ratios"].get(peer) for peer in self.baselines]
+            rows.append([label, *cells, *(f"{peer['total']['median']:.3f}" if peer else "-" for peer in peers)])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [
             "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))

@@ -52,7 +52,8 @@ def run(argv: Sequence[str]) -> None:
         torch.set_num_threads(options.threads)
     stamp = environment(settings.device, settings.seed, [shlex.quote(word) for word in argv])
     header: dict[str, Any] = {"settings": {**asdict(settings), "warmup": options.warmup}, "environment": stamp}
-    results = Results(options.out, options.bench, header, labels, baselines)
+    tokens = settings.batch * settings.length * settings.accumulation if options.bench == "train" else 0
+    results = Results(options.out, options.bench, header, labels, baselines, tokens)
     results.write()  # a file that cannot be written is said now
     if options.bench == "memory":
         _weigh(contenders, settings, results, options.rounds or 1)
