@@ -276,7 +276,7 @@ def draw() -> None:
         names = list(values)[::-1]
         bars = axis.barh(names, [values[name] for name in names], color="#4c72b0")
         axis.bar_label(bars, fmt="%.2f", padding=3)
-        axis.axvline(1, color="black", linewidth=0.8)
+        axis.axvline(1, color="0.7", linewidth=0.8, zorder=0)
         axis.set(title=f"{title} / fft", xlim=(0, 1.15 * max(values.values())))
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(FIGURE, metadata={"Date": None, "Description": digest()})

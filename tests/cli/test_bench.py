@@ -398,21 +398,8 @@ def test_from_a_checkout_with_torch_transformers_and_peft_alone(tmp_path) -> Non
         "from molf.cli import main; sys.exit(main(sys.argv[1:]))"
     )
     out = tmp_path / "step.json"
-    words = ["bench", "step", "--preset", "tiny", "--contenders", "fft", "molf", "molf-e", "--rounds", "2"]
-    command = [
-        sys.executable,
-        "-c",
-        code,
-        *words,
-        "--warmup",
-        "1",
-        "--steps",
-        "1",
-        "--device",
-        "cpu",
-        "--out",
-        str(out),
-    ]
+    words = f"bench step --preset tiny --contenders fft molf molf-e --rounds 2 --warmup 2 --steps 1 --out {out}".split()
+    command = [sys.executable, "-c", code, *words, "--device", "cpu"]
     source = {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**source, "HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0, done.stderr
