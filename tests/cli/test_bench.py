@@ -318,7 +318,7 @@ def test_what_is_trained(label: str, trainable: int) -> None:
     assert held == {p for p in model.parameters() if p.requires_grad}
 
 
-def test_floor_bytes_are_the_designs() -> None:
+def test_floor_bytes() -> None:
     """Per bf16 parameter with fp32 masters and moments: 28 for AdamW, 36 where dense wins, 24 where LoRA does."""
     outs, ins, rank = 8, 16, 2
 
@@ -521,7 +521,7 @@ def test_the_commands_of_the_page_parse() -> None:
         ["step", "--dtype", "bfloat16", "--turns", "2"],
         ["train", "--accumulation", "2", "--gradient_checkpointing"],
         ["train", "--dtype", "bfloat16", "--contenders", "fft-amp", "molf", "molf-e", 'torch.optim:SGD:{"lr": 0.1}'],
-        ["memory"],
+        ["memory", "--contenders", "fft", "fft-8bit", "molf"],
     ],
 )
 def test_each_bench_end_to_end(words: list[str], tmp_path) -> None:
@@ -538,7 +538,7 @@ def test_each_bench_end_to_end(words: list[str], tmp_path) -> None:
         assert len(entry["rounds"]["total"]) == 2
         assert all(peer["total"]["median"] > 0 for peer in entry["ratios"].values())
         assert entry["parameters"] >= entry["trainable"] > 0
-    if words == ["memory"]:
+    if words[0] == "memory":
         bits = data["contenders"]["fft-8bit"]["bytes"]["state"]["exp_avg"]
         assert 0 < bits < data["contenders"]["fft"]["bytes"]["state"]["exp_avg"]
         assert data["contenders"]["molf"]["bytes"]["weights"] == data["contenders"]["fft"]["bytes"]["weights"]
