@@ -1,16 +1,19 @@
-"""Rewrite the measured parts of README.md from the JSON files in ``benchmarks/results``.
+"""Rewrite the measured parts of README.md and docs/performance.md from the JSON files in ``benchmarks/results``.
 
 python benchmarks/tables.py            # rewrite
-python benchmarks/tables.py --check    # exit status 1 if README.md is not what the results say
+python benchmarks/tables.py --check    # exit status 1 if a page or the figure is not what the results say
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
+
+import performance
 
 from molf.cli.demo import table
 from molf.report.compare import markdown, summarise, verdict
@@ -77,18 +80,29 @@ def compare_stories3m() -> str:
     return f"{markdown(rows, data['primary'])}\n\n{sentences}"
 
 
-def main() -> int:
-    """Rewrite README.md, or compare with it."""
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    for make in (fact_stories3m, demo, train, compare_stories3m):
+def filled(text: str, makers: Sequence[Callable[[], str]]) -> str:
+    """The page with every part between its markers made again."""
+    for make in makers:
         name = make.__name__
         begin, end = f"<!-- begin: {name} -->\n", f"<!-- end: {name} -->"
         before, rest = text.split(begin)
         text = f"{before}{begin}{make()}\n{end}{rest.split(end)[1]}"
+    return text
+
+
+def main() -> int:
+    """Rewrite the pages and the figure, or compare with them."""
+    pages = {
+        ROOT / "README.md": (fact_stories3m, demo, train, compare_stories3m),
+        ROOT / "docs" / "performance.md": performance.TABLES,
+    }
+    texts = {path: filled(path.read_text(), makers) for path, makers in pages.items()}
     if "--check" in sys.argv[1:]:
-        return int(text != readme.read_text())
-    readme.write_text(text)
+        drawn = performance.FIGURE.exists() and performance.digest() in performance.FIGURE.read_text()
+        return int(not drawn or any(text != path.read_text() for path, text in texts.items()))
+    for path, text in texts.items():
+        path.write_text(text)
+    performance.draw()
     return 0
 
 

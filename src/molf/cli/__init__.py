@@ -16,6 +16,7 @@ COMMANDS = {
     "eval": "a task's metrics of any model or adapter",
     "export": "a run as a merged model or as adapters, verified",
     "train": "fine-tune a model on your data by MoLF, full fine-tuning, LoRA and its kin, or a control",
+    "bench": "time and memory of a step of each optimizer, side by side",
 }
 
 USAGE = "usage: molf COMMAND [options]\n\ncommands:\n" + "\n".join(

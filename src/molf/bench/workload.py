@@ -1,0 +1,145 @@
+"""What is timed: a training step, or the optimizer's part of it alone."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..optim import MoLFAdamW
+from .contenders import Contender, build, lora_wins
+from .device import clock, device_syncs, floor_bytes
+from .presets import Settings
+
+
+class Workload:
+    """A contender that stands ready: its model and optimizer.
+
+    Args:
+        contender: What to build.
+        settings: Of the run.
+
+    Attributes:
+        model: The model.
+        optimizer: Its optimizer.
+    """
+
+    def __init__(self, contender: Contender, settings: Settings) -> None:
+        self.contender = contender
+        self.settings = settings
+        start = clock(settings.device)
+        self.model, self.optimizer = build(contender, settings)
+        self.build_seconds = clock(settings.device) - start
+        self.generator = torch.Generator(settings.device).manual_seed(settings.seed)
+
+    def round(self, steps: int) -> dict[str, float]:
+        """Milliseconds per step: "total", and parts of it."""
+        raise NotImplementedError
+
+    def warm_up(self, steps: int) -> list[float]:
+        """Milliseconds of the first steps: they make state and compile, and LoRA wins a late contender's first."""
+        with lora_wins(self.optimizer) if self.contender.kind.late else nullcontext():
+            first = self.round(1)["total"]
+        return [first, *(self.round(1)["total"] for _ in range(steps - 1))]
+
+    def facts(self) -> dict[str, Any]:
+        """Parameters, seconds to build, and the share of layers that dense won in the last step."""
+        parameters = list(self.model.parameters())
+        return {
+            "parameters": sum(p.numel() for p in parameters),
+            "trainable": sum(p.numel() for p in parameters if p.requires_grad),
+            "build_s": self.build_seconds,
+            "dense_wins": dense_share(self.optimizer),
+        }
+
+
+def dense_share(optimizer: Any) -> float | None:
+    """Share of routed layers that dense won in the last step; None where there is no dense expert."""
+    if not isinstance(optimizer, MoLFAdamW) or "dense" not in optimizer.experts or not optimizer.routing:
+        return None
+    wins = ["dense" in choice.winners for choice in optimizer.routing.values()]
+    return sum(wins) / len(wins)
+
+
+class TrainStep(Workload):
+    """A whole training step on random tokens: forward, backward, step, zero_grad.
+
+    Attributes:
+        batches: Token ids (accumulation, batch, length), the same for every contender.
+    """
+
+    def __init__(self, contender: Contender, settings: Settings) -> None:
+        super().__init__(contender, settings)
+        shape = (settings.accumulation, settings.batch, settings.length)
+        vocabulary = int(contender.preset.config["vocab_size"])
+        self.batches = torch.randint(3, vocabulary, shape, generator=self.generator, device=settings.device)
+
+    def round(self, steps: int) -> dict[str, float]:
+        """Milliseconds per step."""
+        start = clock(self.settings.device)
+        for _ in range(steps):
+            self.forward_backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return {"total": 1e3 * (clock(self.settings.device) - start) / steps}
+
+    def forward_backward(self) -> None:
+        """Gradients of the mean loss of all batches of a step."""
+        amp = self.contender.kind.amp
+        for ids in self.batches:
+            with torch.autocast(self.settings.device, torch.bfloat16) if amp else nullcontext():
+                loss: Tensor = self.model(input_ids=ids, labels=ids).loss
+            (loss / len(self.batches)).backward()
+
+
+class OptimizerStep(Workload):
+    """``optimizer.step()`` alone, on gradients ~ N(0, 1e-3) that stay the same.
+
+    Where the experts are virtual, their matmuls are timed on their own in the same round, by the optimizer's own
+    functions on its own tensors: "gradients" of A and B, and the "rewrite" of every P that differs from its W.
+    "without_matmuls" is what is left of the step.
+    """
+
+    def __init__(self, contender: Contender, settings: Settings) -> None:
+        super().__init__(contender, settings)
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.gradients = [(p, torch.empty_like(p).normal_(std=1e-3, generator=self.generator)) for p in trained]
+
+    @torch.no_grad()
+    def round(self, steps: int) -> dict[str, float]:
+        """Milliseconds per step, and of its matmuls."""
+        self._give_gradients()
+        start = clock(self.settings.device)
+        for _ in range(steps):
+            self.optimizer.step()
+        total = 1e3 * (clock(self.settings.device) - start) / steps
+        if not isinstance(self.optimizer, MoLFAdamW) or not any(m.lora_A is None for m in self.optimizer.modules):
+            return {"total": total}
+        gradients, rewrite = self._matmuls(self.optimizer)
+        left = total - gradients - rewrite
+        return {"total": total, "gradients": gradients, "rewrite": rewrite, "without_matmuls": left}
+
+    def facts(self) -> dict[str, Any]:
+        """Also the bytes that a step has to move, and on a GPU how often it waits for the device."""
+        facts = {**super().facts(), "floor_bytes": floor_bytes(self.optimizer, dense_share(self.optimizer) or 0.0)}
+        self._give_gradients()
+        return {**facts, "syncs": device_syncs(self.optimizer.step) if self.settings.device == "cuda" else None}
+
+    def _give_gradients(self) -> None:
+        for parameter, gradient in self.gradients:
+            parameter.grad = gradient
+
+    @torch.no_grad()
+    def _matmuls(self, optimizer: MoLFAdamW) -> tuple[float, float]:
+        """Milliseconds of the gradients of all A and B, and of writing all P."""
+        start = clock(self.settings.device)
+        for module in optimizer.modules:
+            optimizer._pair_gradients(module)
+        between = clock(self.settings.device)
+        for module in optimizer.modules:
+            optimizer._write_module(module, {})
+        end = clock(self.settings.device)
+        optimizer._remember_written()  # else the next step compares all weights with its state
+        return 1e3 * (between - start), 1e3 * (end - between)
