@@ -26,7 +26,7 @@ from .backward import BackwardHooks
 from .config import MoLFConfig
 from .guards import GradientCheck, ResumeError, check_gradient, check_gradients
 from .layout import RoutedModule
-from .passes import Passes, adamw_all, flat, track_all, unrouted_all
+from .passes import Passes, adamw_all, track_all, unrouted_all
 from .policy import priorities
 from .quantized import is_quantized
 from .routing import Decision, Routing, decide
@@ -195,31 +195,27 @@ class MoLFAdamW(MoLFState):
         if self.config.train_base:
             owners = [i for i, module in enumerate(active) for _ in module.dense_slots]
             dense = [self._parameter(slot) for module in active for slot in module.dense_slots]
-            jobs = [flat(_gradient(p), *self._trained(p)[1:3]) for p in dense]
-            found = self._run_tracking("dense", jobs, check)
-            sums = stack([each.sum() if each.dim() else each for each in found])
+            jobs = [(_gradient(p), *self._trained(p)[1:3], None) for p in dense]
+            sums = stack([each.sum() if each.dim() else each for each in self._run_tracking("dense", jobs, check)])
             total = sums.new_zeros(len(active)).index_add_(0, torch.tensor(owners, device=sums.device), sums)
             columns.append(total[:, None])
         if self.config.expert_ranks:
             jobs = []
             for module, grads in zip(active, pairs, strict=True):
-                jobs += [(g, *each[1:3]) for g, each in zip(grads, self._pair(module), strict=True)]
+                jobs += [(g, *each[1:3], None) for g, each in zip(grads, self._pair(module), strict=True)]
             sums = stack(self._run_tracking(self._lora_experts[0], jobs, check)).view(len(active), 2, -1).sum(1)
             experts = sums.new_zeros(len(active), len(self._lora_experts))
             columns.append(experts.index_add_(1, self._segments_on(sums.device), sums))
         return torch.cat([column.to(columns[0].dtype) for column in columns], 1)
 
     def _run_tracking(self, expert: str, jobs: Sequence[Any], check: GradientCheck) -> list[Tensor]:
-        """``track_`` over jobs of one expert's group, with the clipping factor as a column where rows are summed."""
+        """``track_`` over jobs of one expert's group; sums per row for LoRA experts, which share their tensors."""
         group, results = self._group(expert), [torch.empty(0)] * len(jobs)
         for (device, dtype), places in _by_place(jobs).items():
-            clip, gate = check.on(device, dtype)
-            if self._passes.compiles and expert != "dense":  # what varies along the rows keeps them apart: one loop
-                rows = jobs[places[0]][0].shape[0]
-                clip = torch.ones(rows, 1, dtype=dtype, device=device) * (1.0 if clip is None else clip)
-            shared = Tracking(group["betas"], group["eps"], self.config.score_fn, clip, gate)
-            for i, found in zip(places, self._passes.run(track_all, [jobs[i] for i in places], shared), strict=True):
-                results[i] = found
+            shared = Tracking(group["betas"], group["eps"], self.config.score_fn, *check.on(device, dtype))
+            found = self._passes.run(track_all, [jobs[i] for i in places], shared, by_row=expert != "dense")
+            for i, sums in zip(places, found, strict=True):
+                results[i] = sums
         return results
 
     def _scores(self, active: Sequence[RoutedModule], sums: Tensor) -> Tensor:
@@ -253,11 +249,11 @@ class MoLFAdamW(MoLFState):
                 parameter = self._parameter(slot)
                 theta = self._trained(parameter, values)
                 key = self._key([self.param_groups[slot[0]]], self._count(slot, counts), theta.value)
-                jobs[key].append((*flat(*theta), None))
+                jobs[key].append((*theta, None))
             if lora:
                 self._add_lora_jobs(jobs, module, lora, counts, values)
         for key, listed in jobs.items():
-            self._passes.run(adamw_all, listed, self._coefficients[key])
+            self._passes.run(adamw_all, listed, self._coefficients[key], by_row=self._coefficients[key].decay.dim() > 0)
         for module in modules:
             self._write_module(module, values)
 
@@ -285,7 +281,7 @@ class MoLFAdamW(MoLFState):
         for group, parameter, _ in others:
             theta = self._trained(parameter, values)
             key = self._key([group], counts[id(self.state[parameter]["step"])], theta.value)
-            jobs[(*key, group["betas"])].append(flat(*theta, _gradient(parameter)))
+            jobs[(*key, group["betas"])].append((*theta, _gradient(parameter)))
         for key, listed in jobs.items():
             c = self._coefficients[key[:-1]]
             clip, _ = check.on(c.decay.device, c.decay.dtype)
@@ -314,7 +310,9 @@ class MoLFAdamW(MoLFState):
             decay, size = (
                 self._per_rank(x, value)[:, None] if lora else value.new_tensor(x[0]) for x in (decays, sizes)
             )
-            self._coefficients[key] = Coefficients(decay, size, value.new_tensor(root), groups[0]["eps"])
+            self._coefficients[key] = Coefficients(
+                decay, size, value.new_tensor(root), value.new_tensor(1 / root), groups[0]["eps"]
+            )
         return key
 
     def _count(self, slot: tuple[int, int], counts: Mapping[int, float]) -> float:

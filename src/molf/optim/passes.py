@@ -39,7 +39,7 @@ Job = tuple[Any, ...]
 
 
 def track_all(jobs: Sequence[Any], shared: Any) -> list[Tensor]:
-    """``track_`` of every job (grad, m, v)."""
+    """``track_`` of every job (grad, m, v, ones)."""
     return [track_(*(*job, shared)) for job in jobs]
 
 
@@ -73,18 +73,21 @@ class Passes:
     """
 
     def __init__(self, compile: bool | str, work: int, device: torch.device) -> None:
+        self._ones: dict[tuple[Any, ...], Tensor] = {}
         self.must_compile = compile is True
         self.compiles = compile is True or (
             compile == "auto" and work >= WORTH_COMPILING and device.type in ("cpu", "cuda")
         )
 
-    def run(self, function: Pass, jobs: Sequence[Job], shared: Any) -> list[Any]:
+    def run(self, function: Pass, jobs: Sequence[Job], shared: Any, by_row: bool = False) -> list[Any]:
         """``function`` over all jobs; returns its results in their order.
 
         Args:
             function: One of the three passes.
-            jobs: The tensors. One-dimensional ones may be cut into blocks, others are worked on whole.
+            jobs: The tensors.
             shared: What all jobs have in common: numbers, and tensors that broadcast to theirs.
+            by_row: Whether something is summed or varies along the rows; else a tensor's shape does not matter, and
+                what is summed may be so over any of its dimensions.
 
         Raises:
             RuntimeError: If compiling fails and was asked for.
@@ -94,16 +97,28 @@ class Passes:
         large.sort(key=lambda i: -_size(jobs[i]))  # Inductor decides by the first list whether a loop is parallel
         whole = len(large) - len(large) % LIST
         for chunk in [*(large[i : i + LIST] for i in range(0, whole, LIST)), *([i] for i in large[whole:])]:
-            found = self._compiled(function, [jobs[i] for i in chunk], shared)
+            found = self._compiled(function, [self._for_compiler(function, jobs[i], by_row) for i in chunk], shared)
             results |= zip(chunk, found, strict=True) if found else {}
         groups: dict[Any, list[int]] = defaultdict(list)
-        for i, job in enumerate(jobs):
-            if i not in results:
-                groups[_alike(job)].append(i)
+        rest = {i: job if by_row else flat(job) for i, job in enumerate(jobs) if i not in results}
+        for i, job in rest.items():
+            groups[_alike(job)].append(i)
         for indices in groups.values():
-            found = _in_blocks(function, [jobs[i] for i in indices], shared)
+            found = _in_blocks(function, [rest[i] for i in indices], shared)
             results |= zip(indices, found, strict=True)
         return [results[i] for i in range(len(jobs))]
+
+    def _for_compiler(self, function: Pass, job: Job, by_row: bool) -> Job:
+        """A job as Inductor makes the fewest loops of it: matrices with ``ones`` where sums are taken, else flat."""
+        first = job[0]
+        if function is not track_all:
+            return job if by_row else flat(job)
+        if first.dim() != 2:
+            return flat(job)
+        key = (len(first), job[1].dtype, first.device)
+        if key not in self._ones:
+            self._ones[key] = torch.ones(len(first), 1, dtype=job[1].dtype, device=first.device)
+        return (*job[:3], self._ones[key])
 
     def _compiled(self, function: Pass, jobs: Sequence[Job], shared: Any) -> list[Any] | None:
         """The compiled pass over jobs; None, and nothing is done, if "auto" finds that it cannot be compiled."""
@@ -122,9 +137,9 @@ class Passes:
             return None
 
 
-def flat(*tensors: Tensor | None) -> Job:
+def flat(job: Job) -> Job:
     """The tensors as one-dimensional views, so that they can be cut, where all are laid out in the same order."""
-    return tuple(t if t is None else t.view(-1) for t in tensors) if all(map(_is_flat, tensors)) else tensors
+    return tuple(t if t is None else t.view(-1) for t in job) if all(map(_is_flat, job)) else job
 
 
 def _is_flat(tensor: Tensor | None) -> bool:
