@@ -19,8 +19,8 @@ from torch import Tensor
 from .adamw import adamw_, track_, unrouted_
 from .quantized import is_quantized
 
-BLOCK = 2**18
-"""Elements of a block on the CPU, 1 MiB in fp32: it stays in the cache between the operations of a pass."""
+BLOCK = 2**16
+"""Elements of a block on the CPU, 256 KiB in fp32: it stays in the cache between the operations of a pass."""
 
 DEVICE_BLOCK = 2**24
 """Elements of a block on an accelerator, which needs large ones to be busy."""
