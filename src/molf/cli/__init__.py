@@ -11,6 +11,7 @@ from ..optim import NonFiniteGradientError, ResumeError
 COMMANDS = {
     "demo": "fine-tune the bundled model by every method and compare",
     "compare": "which method, at which learning rate, for your data",
+    "report": "runs as one page: loss, routing, memory, configuration; or a LoraConfig from what was routed",
     "eval": "a task's metrics of any model or adapter",
     "train": "fine-tune a model on your data by MoLF, full fine-tuning, LoRA and its kin, or a control",
 }

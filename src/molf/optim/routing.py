@@ -155,21 +155,37 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
 
 
-def read_routing(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Header and records of a routing log; a half-written last line is left out.
+def stream_routing(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Iterator[dict[str, Any]]]:
+    """Header of a routing log, and its records one by one; a half-written last line is left out.
 
     Raises:
         ValueError: If the file is no routing log of this schema version.
     """
     path = Path(path)
+    records = _lines(path)
     try:
-        header, *records = _lines(path)
+        header = next(records)
         version = header["schema"]
+    except StopIteration as error:
+        raise ValueError(f"{path} is no routing log: it is empty") from error
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no routing log: {error}") from error
     if version != SCHEMA_VERSION:
         raise ValueError(f"{path} has routing schema {version}, this version reads {SCHEMA_VERSION}: update molf")
     return header, records
+
+
+def read_routing(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Header and records of a routing log; a half-written last line is left out.
+
+    Raises:
+        ValueError: If the file is no routing log of this schema version, or damaged.
+    """
+    header, records = stream_routing(path)
+    try:
+        return header, list(records)
+    except ValueError as error:
+        raise ValueError(f"{path} is no routing log: {error}") from error
 
 
 def expert_share(records: list[dict[str, Any]], expert: int) -> float:

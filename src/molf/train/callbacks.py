@@ -1,9 +1,11 @@
-"""Trainer callbacks: what will be trained, and the routing log."""
+"""Trainer callbacks: what will be trained, the routing log, and speed and memory among the Trainer's logs."""
 
 from __future__ import annotations
 
 import os
+import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,56 @@ class RoutingCallback(TrainerCallback):
         if self.recorder is not None:
             self.recorder.close()
             self.recorder = None
+
+
+def before_loggers(trainer: Any, *callbacks: TrainerCallback) -> None:
+    """Add callbacks that complete a log entry before ``report_to`` sees it; a Trainer's own ``callbacks=`` come after.
+
+    Args:
+        trainer: Any transformers or TRL Trainer.
+        *callbacks: ``RoutingCallback`` and the like.
+    """
+    trainer.callback_handler.callbacks[:0] = callbacks
+
+
+def _complete(state: Any, logs: dict[str, float], found: dict[str, float]) -> None:
+    """Add to a log entry: to what loggers see, and to the history that checkpoints and the run directory keep."""
+    logs.update(found)
+    state.log_history[-1].update(found)
+
+
+class SpeedCallback(TrainerCallback):
+    """Adds ``seconds`` of training so far, ``tokens_per_second`` and ``peak_memory_mib`` to the training logs.
+
+    The seconds go on after a resume: they are those of the run and not of the process. Tokens are those that TRL counts
+    as ``num_tokens``, since the entry before.
+
+    Args:
+        peak_memory: Gives the peak memory so far, MiB.
+    """
+
+    def __init__(self, peak_memory: Callable[[], float]) -> None:
+        self.peak_memory = peak_memory
+        self._begin = 0.0
+        self._last = (0.0, 0.0)  # time and tokens at the entry before; TRL counts from the start of the process
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock where the history ends."""
+        before = [entry for entry in state.log_history if "seconds" in entry]
+        now = time.perf_counter()
+        self._begin = now - (before[-1]["seconds"] if before else 0.0)
+        self._last = (now, 0.0)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Complete an entry that has the training loss."""
+        if logs is None or "loss" not in logs:
+            return
+        now = time.perf_counter()
+        found = {"seconds": now - self._begin, "peak_memory_mib": self.peak_memory()}
+        if "num_tokens" in logs:
+            found["tokens_per_second"] = (logs["num_tokens"] - self._last[1]) / (now - self._last[0])
+            self._last = (now, logs["num_tokens"])
+        _complete(state, logs, found)
 
 
 class PlanCallback(TrainerCallback):

@@ -1,8 +1,8 @@
 """One training run: model, data, method, trainer, and the run directory that it leaves.
 
 The run directory holds the trained model (``model.safetensors`` or ``adapter_model.safetensors``, tokenizer
-and configuration), ``run.json`` (resolved configuration and versions), ``metrics.json``, ``routing.jsonl`` for
-methods that route, and the trainer's checkpoints.
+and configuration), ``run.json`` (resolved configuration and versions), ``metrics.json``, ``trainer_state.json``
+(what was logged, with times), ``routing.jsonl`` for methods that route, and the trainer's checkpoints.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..tasks import Task, get_task
 from ..tasks.prompts import Context
 from .adalora import AdaLoraCallback, AdaLoraTrainer
 from .arguments import MethodArguments, TrainArguments
-from .callbacks import PlanCallback, RoutingCallback
+from .callbacks import PlanCallback, RoutingCallback, SpeedCallback, before_loggers
 from .data import fit_examples, load_data
 from .files import write_json
 from .load import load_model, load_tokenizer, naming, versions
@@ -66,7 +66,6 @@ def train(method: MethodArguments, args: TrainArguments) -> dict[str, Any]:
     adalora = AdaLoraCallback()
     out = Path(str(args.output_dir))
     routing = RoutingCallback(out / "routing.jsonl")
-    own = [adalora] if method.method == "adalora" else [routing] if spec.routes else []
     trainer = _make_trainer(
         AdaLoraTrainer if method.method == "adalora" else SFTTrainer,
         model=model if adapted is None else adapted.model,
@@ -74,8 +73,9 @@ def train(method: MethodArguments, args: TrainArguments) -> dict[str, Any]:
         train_dataset=dataset,
         processing_class=tokenizer,
         optimizer_cls_and_kwargs=(MoLFOptimizerFactory, {"config": config}) if spec.routes else None,
-        callbacks=[*own, PlanCallback(out / "run.json", resolved)],
+        callbacks=[*([adalora] if method.method == "adalora" else []), PlanCallback(out / "run.json", resolved)],
     )
+    before_loggers(trainer, SpeedCallback(memory.mib), *([routing] if spec.routes else []))
     try:
         metrics = {"method": method.method, **_run(trainer, checkpoint, memory), **cut}
     finally:
@@ -83,6 +83,7 @@ def train(method: MethodArguments, args: TrainArguments) -> dict[str, Any]:
     if method.method == "adalora":
         metrics["adalora_ranks"] = adalora.changed_ranks()
     trainer.save_model()
+    trainer.save_state()
     if adapted is not None:
         adapted.save_on_original_base(out)
     if spec.routes:
