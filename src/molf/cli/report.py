@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..report.advise import advise
 from ..report.content import content, unfinished
 from ..report.page import page
 from ..report.runs import common_folder, read_runs
@@ -31,6 +32,9 @@ def run(argv: Sequence[str]) -> None:
     for each in runs:
         if not each.finished:
             print(f"molf: {unfinished(each)}", file=sys.stderr)
+    if options.advise:
+        print(advise(runs[0]), end="")
+        return
     if options.png is not None:
         from ..report.figures import write_figures
 
@@ -52,7 +56,14 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output_dir of a molf train")
     parser.add_argument("--output", type=Path, help="the HTML file; default is report.html in the folder of the run(s)")
     parser.add_argument("--png", type=Path, metavar="DIR", help="also write the figures there, for a paper")
+    parser.add_argument(
+        "--advise",
+        action="store_true",
+        help="print a LoraConfig for plain PEFT from one run's routing, and write nothing",
+    )
     options = parser.parse_args(argv)
+    if options.advise and (len(options.runs) > 1 or options.output or options.png):
+        raise ValueError("--advise takes one run and writes no file: leave the other runs, --output and --png out")
     if options.output is not None and options.output.is_dir():
         raise ValueError(f"output={options.output} is a folder: name a file")
     return options
