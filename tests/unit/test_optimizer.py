@@ -157,8 +157,8 @@ def test_sync_weights_follows_the_state() -> None:
 
 def test_recorder_writes_one_record_per_step_in_full_precision(tmp_path, monkeypatch) -> None:
     model, optimizer = small()
-    copies, to_host = [], Decision.to_host
-    monkeypatch.setattr(Decision, "to_host", lambda self: copies.append(1) or to_host(self))
+    copies, copied = [], Decision._host.func
+    monkeypatch.setattr(Decision._host, "func", lambda self: copies.append(1) or copied(self))
     recorder = RoutingRecorder(optimizer, tmp_path / "routing.jsonl")
     seen = []
     for step in range(4):

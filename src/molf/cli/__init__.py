@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command, *rest = arguments
     if command not in COMMANDS:
         return _fail(f"unknown command {command!r}: choose one of {', '.join(COMMANDS)}")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports its use to the hub; here nothing phones home
     try:
         import_module(f".{command}", __name__).run(rest)
     except ModuleNotFoundError as error:

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -50,7 +51,11 @@ class Decision:
         return torch.zeros_like(self.scores, dtype=torch.bool).scatter_(1, self.winners, True)
 
     def to_host(self) -> tuple[list[list[float]], list[list[int]]]:
-        """Scores and winners as lists, in one device-to-host copy."""
+        """Scores and winners as lists, by one device-to-host copy however often they are asked for."""
+        return self._host
+
+    @cached_property
+    def _host(self) -> tuple[list[list[float]], list[list[int]]]:
         experts = self.scores.shape[1]
         both = torch.cat([self.scores, self.winners.to(self.scores.dtype)], dim=1).tolist()
         return [row[:experts] for row in both], [[int(index) for index in row[experts:]] for row in both]
@@ -94,6 +99,9 @@ class RoutingRecorder:
         optimizer: A ``MoLFAdamW``, or what wraps one in an attribute ``optimizer`` (accelerate).
         path: The file, made at the first record; an existing log of the same modules and experts is continued.
 
+    Attributes:
+        latest: The latest record, or None before the first.
+
     Raises:
         ValueError: If ``path`` exists and is no such log.
     """
@@ -108,6 +116,8 @@ class RoutingRecorder:
         }
         if self.path.exists() and read_routing(self.path)[0] != self._header:
             raise ValueError(f"{self.path} holds the routing of other modules or experts: choose another path")
+        self.latest: dict[str, Any] | None = None
+        self._encoder = json.JSONEncoder(separators=(",", ":"))
         self._file: IO[str] | None = None
         self._hook = self.optimizer.register_step_post_hook(lambda *_: self.record())
 
@@ -129,17 +139,28 @@ class RoutingRecorder:
         step = self.optimizer.steps_taken
         if self._file is None:
             self._file = self._open(step)
-        latest = self.optimizer.routing
-        routing = [latest.get(name) for name in self._header["modules"]]
         groups = [group for group in self.optimizer.param_groups if group["expert"] in self.optimizer.experts]
-        line = {
+        scores, winners = self._of_all_modules()
+        self.latest = {
             "step": step,
             "lr": {group["expert"]: float(group["lr"]) for group in groups},
-            "scores": [None if r is None else r.scores for r in routing],
-            "winners": [None if r is None else [r.experts.index(name) for name in r.winners] for r in routing],
+            "scores": scores,
+            "winners": winners,
         }
-        self._file.write(json.dumps(line, separators=(",", ":")) + "\n")
+        self._file.write(self._encoder.encode(self.latest) + "\n")
         self._file.flush()
+
+    def _of_all_modules(self) -> tuple[list[Any], list[Any]]:
+        """Scores and winners in the header's order; None for a module that took no part."""
+        decision, modules = self.optimizer.decision, self._header["modules"]
+        if decision is None:
+            return [None] * len(modules), [None] * len(modules)
+        scores, winners = decision.to_host()
+        if len(decision.modules) == len(modules):
+            return scores, winners
+        rows = {name: row for row, name in enumerate(decision.modules)}
+        places = [rows.get(name) for name in modules]
+        return [None if i is None else scores[i] for i in places], [None if i is None else winners[i] for i in places]
 
     def close(self) -> None:
         """Stop recording and close the file."""
