@@ -177,7 +177,7 @@ sys.exit(status)
 def test_nothing_phones_home(tmp_path: Path) -> None:
     """Training and its report with every switch for offline use off, and each attempt to connect noted."""
     environment = {k: v for k, v in os.environ.items() if "OFFLINE" not in k and k != "HF_HUB_DISABLE_TELEMETRY"}
-    train = ["train", "--model_name_or_path", str(BUNDLED_MODEL), "--task", "world-fact", "--max_examples", "8"]
+    train = ["--model_name_or_path", str(BUNDLED_MODEL), "--task", "world-fact", "--max_examples", "8"]
     train += ["--max_steps", "2", "--expert_ranks", "2", "--use_cpu", "true", "--gradient_checkpointing", "false"]
     run = [sys.executable, "-c", CALLS, str(tmp_path / "run"), *train]
     done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=300)
