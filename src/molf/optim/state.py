@@ -108,9 +108,8 @@ class MoLFState(Optimizer):
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         self.state = kept
         for index, parameter in enumerate(p for group in self.param_groups for p in group["params"]):
-            for key, value in state_dict["state"][index].items():
-                device = torch.device("cpu") if key == "step" else parameter.device
-                self.state[parameter][key] = value.to(device, self.state[parameter][key].dtype, copy=True)
+            for key, value in state_dict["state"][index].items():  # in place: accelerate loads the state into itself
+                self.state[parameter][key].copy_(value)
         self.sync_weights()
 
     def _stored(self, parameter: Tensor, module: RoutedModule | None = None) -> Tensor:

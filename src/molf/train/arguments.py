@@ -76,6 +76,10 @@ class MethodArguments:
         "Train what is not routed; default no for molf-e, else yes. molf-e then saves a whole model, no adapter."
     )
 
+    dry_run: bool = _help(
+        "Make one step, print its peak memory next to the estimate of molf plan, and save nothing.", False
+    )
+
     def __post_init__(self) -> None:
         for name in ("expert_ranks", "lora_alpha", "random_shares", "target_modules", "exclude_modules"):
             value = getattr(self, name)  # YAML may give one value without a list

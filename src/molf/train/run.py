@@ -8,6 +8,7 @@ and configuration), ``run.json`` (resolved configuration and versions), ``metric
 from __future__ import annotations
 
 import os
+import re
 import resource
 import time
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 from trl import SFTTrainer
 
 from ..optim import MoLFOptimizerFactory, read_routing
@@ -33,12 +34,13 @@ from .methods import METHODS, Adapted
 from .resume import find_checkpoint
 
 
-def train(method: MethodArguments, args: TrainArguments) -> dict[str, Any]:
+def train(method: MethodArguments, args: TrainArguments, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
     """Train by one method and save the result; returns the metrics.
 
     Args:
         method: Model, data, method and experts.
         args: Everything else, in TRL's names.
+        callbacks: Further callbacks of the Trainer.
 
     Raises:
         ValueError: If an argument, the data, the model or a checkpoint does not fit; no result is written then.
@@ -56,9 +58,9 @@ def train(method: MethodArguments, args: TrainArguments) -> dict[str, Any]:
     checkpoint = find_checkpoint(args.resume_from_checkpoint, str(args.output_dir), resolved)
     task = get_task(method.task) if method.task is not None else None
     dataset, scored = load_data(task, method)
-    memory = _PeakMemory()
     set_seed(args.seed)
     tokenizer = load_training_tokenizer(method, args)
+    memory = _PeakMemory()
     with naming(method.model_name_or_path):
         model = load_model(method.model_name_or_path, method.dtype, **_hub(method, args))
     dataset, cut = _fit(task, dataset, scored, model, tokenizer, method, args.max_length)
@@ -73,7 +75,11 @@ def train(method: MethodArguments, args: TrainArguments) -> dict[str, Any]:
         train_dataset=dataset,
         processing_class=tokenizer,
         optimizer_cls_and_kwargs=(MoLFOptimizerFactory, {"config": config}) if spec.routes else None,
-        callbacks=[*([adalora] if method.method == "adalora" else []), PlanCallback(out / "run.json", resolved)],
+        callbacks=[
+            *([adalora] if method.method == "adalora" else []),
+            PlanCallback(out / "run.json", resolved),
+            *callbacks,
+        ],
     )
     before_loggers(trainer, SpeedCallback(memory.mib), *([routing] if spec.routes else []))
     try:
@@ -174,10 +180,17 @@ class _PeakMemory:
     """Peak memory since it was made, MiB: of the device where there is one, else the process's resident growth."""
 
     def __init__(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        elif os.path.exists("/proc/self/clear_refs"):
+            Path("/proc/self/clear_refs").write_text("5")  # the peak of what came before is none of this run's
         pages = int(Path("/proc/self/statm").read_text().split()[1]) if os.path.exists("/proc/self/statm") else 0
         self.before = pages * resource.getpagesize() / 2**20
 
     def mib(self) -> float:
         if torch.cuda.is_available():
             return torch.cuda.max_memory_allocated() / 2**20
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10 - self.before
+        status = Path("/proc/self/status").read_text() if os.path.exists("/proc/self/status") else ""
+        found = re.search(r"VmHWM:\s+(\d+) kB", status)
+        peak = int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / 2**10 - self.before
