@@ -14,6 +14,7 @@ COMMANDS = {
     "compare": "which method, at which learning rate, for your data",
     "report": "runs as one page: loss, routing, memory, configuration; or a LoraConfig from what was routed",
     "eval": "a task's metrics of any model or adapter",
+    "plan": "tensors and memory of a training before it is run, by method and number of GPUs",
     "train": "fine-tune a model on your data by MoLF, full fine-tuning, LoRA and its kin, or a control",
 }
 

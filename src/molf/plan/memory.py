@@ -1,7 +1,7 @@
 """The memory of a run by kind: the real model, adapter and optimizer are made of fake tensors, and a step is simulated.
 
-Nothing is loaded or allocated. Weights, masters, experts, moments and gradients are counted from the tensors that would be
-there; a forward and backward pass on fake tensors tells what activations and their gradients hold at the peak.
+Nothing is loaded or allocated. Weights, masters, experts, moments and gradients are counted from the tensors that would
+be there; a forward and backward pass on fake tensors tells what activations and their gradients hold at the peak.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Held:
         name: The parameter that it belongs to.
         shape: Its shape.
         bytes: Its size.
-        sharded: Whether FSDP2 keeps a row shard of it per GPU; A of virtual experts and its moments are whole everywhere.
+        sharded: Whether FSDP2 keeps a row shard of it per GPU; A of virtual experts and its moments are whole on each.
     """
 
     kind: str
@@ -259,9 +259,11 @@ def _simulate(model: Any, base: Any, work: Workload) -> int:
     chunk = HEAD_CHUNK if torch.cuda.is_available() else min(HEAD_CHUNK, head.weight.shape[0])
     with PeakTracker() as tracker:
         ids = torch.zeros(work.batch, work.length, dtype=torch.long)
+        mask = torch.ones_like(ids)
+        mask[-1, -1] = 0  # a batch with padding takes more than one without
         for _ in range(min(2, work.accumulation)):
             with torch.autocast("cpu", torch.bfloat16, enabled=work.autocast):
-                hidden = base.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)[0][:, :-1]
+                hidden = base.base_model(input_ids=ids, attention_mask=mask, use_cache=False)[0][:, :-1]
                 flat = hidden.reshape(-1, hidden.size(-1))
                 targets, outputs = ids[:, 1:].reshape(-1), ("entropy", "is_top1")
                 found = ChunkedLogProbFunction.apply(

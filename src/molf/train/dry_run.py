@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 
 from ..plan.memory import Plan, Workload, plan_method
 from .arguments import MethodArguments, TrainArguments
+from .load import naming
 from .run import train
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _LARGE = -1, -3, 1 << 16
@@ -77,17 +78,29 @@ def dry_run(method: MethodArguments, args: TrainArguments) -> DryRun:
         gc.collect()
         _keep_no_freed_memory()
     measured, shape = _two_steps(method, args)
-    model = _model_config(method, args)
+    model = model_config(method, args)
     work = workload(method, args, model, shape.length)
     plan = plan_method(method.method, method.molf_config(args), work)
     return DryRun(measured * 2**20, plan, shape.batch, shape.length)
+
+
+def compared(found: DryRun) -> str:
+    """Measured and estimated peak, and the estimate by kind, MiB."""
+    memory = {kind: size for kind, size in found.plan.memory().items() if size}
+    kinds = ", ".join(f"{kind} {size / 2**20:.1f}" for kind, size in memory.items())
+    measured, estimated = found.measured / 2**20, found.estimated / 2**20
+    return (
+        f"one step of {found.batch} x {found.length} tokens took {measured:.1f} MiB at its peak; the estimate is "
+        f"{estimated:.1f} MiB ({100 * (estimated / measured - 1):+.1f} %)\nestimated MiB: {kinds}"
+    )
 
 
 def _two_steps(method: MethodArguments, args: TrainArguments) -> tuple[float, _InputShape]:
     args, shape = copy.deepcopy(args), _InputShape()
     method = copy.deepcopy(method)
     method.eval_at_end = False
-    args.max_steps, args.save_strategy, args.report_to, args.disable_tqdm = 2, "no", [], True
+    args.max_steps, args.save_strategy, args.disable_tqdm = 2, "no", True
+    args.report_to = []  # type: ignore[assignment]  # what "none" has become
     args.resume_from_checkpoint = None
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         args.output_dir = folder
@@ -95,7 +108,7 @@ def _two_steps(method: MethodArguments, args: TrainArguments) -> tuple[float, _I
 
 
 def _keep_no_freed_memory() -> None:
-    """Have glibc give what is free back to the system, now and from now on: the process is as large as what it holds."""
+    """Have glibc give what is free back to the system, now and from now on: the process is as large as what it has."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if libc is not None and hasattr(libc, "mallopt"):
         libc.mallopt(_M_MMAP_THRESHOLD, _LARGE)
@@ -119,9 +132,15 @@ def workload(method: MethodArguments, args: TrainArguments, model: Any, length: 
     )
 
 
-def _model_config(method: MethodArguments, args: TrainArguments) -> Any:
+def model_config(method: MethodArguments, args: TrainArguments) -> Any:
+    """The model's transformers configuration; no weight is read.
+
+    Raises:
+        ValueError: If there is none, with the model's name.
+    """
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(
-        method.model_name_or_path, revision=method.model_revision, trust_remote_code=args.trust_remote_code
-    )
+    with naming(method.model_name_or_path):
+        return AutoConfig.from_pretrained(
+            method.model_name_or_path, revision=method.model_revision, trust_remote_code=args.trust_remote_code
+        )
