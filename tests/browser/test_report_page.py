@@ -31,9 +31,7 @@ def report(tmp_path_factory) -> Path:
     runs = [
         write_run(folder / "fft <img src=x onerror=alert(1)>", "fft", ranks=()),
         write_run(folder / "molf", routing=routing_lines(300, modules), steps=2000),
-        write_run(
-            folder / ("long-" * 12), routing=routing_lines(9, modules, ["dense", "lora_r2", "lora_r8"]), ranks=(2, 8)
-        ),
+        write_run(folder / ("long-" * 12), routing=three, ranks=(2, 8)),
     ]
     assert main(["report", *map(str, runs)]) == 0
     return folder / "report.html"

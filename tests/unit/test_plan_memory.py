@@ -1,7 +1,9 @@
 """The memory that is planned is that of real tensors, and nothing is held twice."""
 
+import json
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from models import ARCHITECTURES, causal_lm
 from molf import MoLFConfig, create_molf_optimizer
 from molf.plan.memory import Workload, _simulate, plan_method
-from molf.plan.text import warnings
+from molf.plan.text import TOO_FAST, warnings
 from molf.plan.tracker import PeakTracker
 
 
@@ -109,3 +111,11 @@ def test_warnings_that_matter() -> None:
     assert said("molf", MoLFConfig(expert_ranks=(4,))) == ""
     assert "no fp32 master" in said("fft", MoLFConfig(expert_ranks=()), dtype=torch.bfloat16)
     assert said("molf", MoLFConfig(expert_ranks=(4,)), dtype=torch.bfloat16) == ""
+
+
+def test_the_threshold_of_the_warning_is_that_of_the_measured_runs() -> None:
+    runs = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "lr_scale.json").read_text())["runs"]
+    last = {(r["model"], r["method"], r["scale"], r["lora_lr"]): r["losses"][-1] for r in runs}
+    above = [key for key in last if key[2] * key[3] >= TOO_FAST]
+    assert len(above) == 20
+    assert all(last[key] >= 2.5 * last[(*key[:2], 2, 3e-3)] for key in above)

@@ -90,7 +90,7 @@ def warnings(plan: Plan, config: MoLFConfig, work: Workload) -> list[str]:
             if config.lora_lr * scale >= TOO_FAST:
                 found.append(
                     f"{expert}: lora_lr {config.lora_lr:g} x scale {scale:.4g} = {config.lora_lr * scale:.3g}; from "
-                    f"{TOO_FAST:g} on every run that was tried ended at over 1.3 times the loss of one at 0.006 "
+                    f"{TOO_FAST:g} on every run that was tried ended at 2.5 times the loss of 0.006 or more "
                     "(docs/tuning.md): lower lora_lr or lora_alpha"
                 )
     half = work.dtype in (torch.bfloat16, torch.float16)

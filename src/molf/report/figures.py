@@ -50,7 +50,7 @@ def write_figures(runs: Sequence[Run], folder: Path) -> list[Path]:
 
     folder.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(_STYLE):
-        if any(run.history for run in runs):
+        if any("loss" in entry for run in runs for entry in run.history):
             draw("loss", 3.4, 2.4, _loss, runs)
         for run in runs:
             if run.routing is not None:

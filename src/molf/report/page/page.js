@@ -77,12 +77,12 @@ function bars(id, key, digits) {
   const shown = D.runs.map((run, index) => [run, index]).filter(([run]) => run[key] !== null);
   if (!shown.length) return empty(id, "No run has this number.");
   draw(id, [{
-    type: "bar", orientation: "h", y: shown.map(([, index]) => index), x: shown.map(([run]) => run[key]), width: 0.6,
+    type: "bar", orientation: "h", y: shown.map((_, place) => place), x: shown.map(([run]) => run[key]), width: 0.6,
     marker: { color: shown.map(([, index]) => runColor(index)) }, customdata: shown.map(([run]) => escaped(run.name)),
-    text: shown.map(([run]) => number(run[key], digits)), textposition: "auto", hovertemplate: "%{customdata}: %{text}<extra></extra>",
+    text: shown.map(([run]) => number(run[key], digits)), textposition: "auto", constraintext: "none", insidetextanchor: "end", hovertemplate: "%{customdata}: %{text}<extra></extra>",
   }], {
     height: 60 + 34 * shown.length, xaxis: { showgrid: true, rangemode: "tozero", nticks: 6 }, showlegend: false,
-    yaxis: { autorange: "reversed", tickvals: shown.map(([, i]) => i), ticktext: shown.map(([run]) => shortened(run.name)), showgrid: false },
+    yaxis: { autorange: "reversed", tickvals: shown.map((_, place) => place), ticktext: shown.map(([run]) => shortened(run.name)), showgrid: false },
   });
 }
 
@@ -147,7 +147,6 @@ function drawSpecial() {
   }], { xaxis: { title: { text: "Step" }, range: [0, r.last_step * 1.02] }, yaxis: { tickformat: ".0%", range: [0, 1.03] }, showlegend: false });
 }
 function drawRouting() {
-  if (!routed.length) return;
   const r = routing();
   $("sentences").replaceChildren(...D.runs[state.run].sentences.map((line) => element("p", line)));
   choice("expert", r.experts.length > 2 ? r.experts.map((name, i) => [i, name]) : [], state.expert, (value) => { state.expert = value; drawRouting(); });
@@ -179,6 +178,7 @@ function drawAxis() {
   drawScore();
 }
 function drawRouted() {
+  if (!routed.length) return;
   choice("routed", routed.length > 1 ? routed.map((i) => [i, D.runs[i].name]) : [], state.run, (value) => {
     Object.assign(state, { run: value, expert: 0, window: -1 });
     drawRouted();
