@@ -7,6 +7,7 @@ and configuration), ``run.json`` (resolved configuration and versions), ``metric
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import resource
@@ -183,7 +184,8 @@ class _PeakMemory:
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         elif os.path.exists("/proc/self/clear_refs"):
-            Path("/proc/self/clear_refs").write_text("5")  # the peak of what came before is none of this run's
+            with contextlib.suppress(PermissionError):  # a read-only /proc: the peak may then be an earlier one
+                Path("/proc/self/clear_refs").write_text("5")  # what came before the model is none of its peak
         pages = int(Path("/proc/self/statm").read_text().split()[1]) if os.path.exists("/proc/self/statm") else 0
         self.before = pages * resource.getpagesize() / 2**20
 
