@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 from models import causal_lm, tokens
 from molf import MoLFConfig, MoLFOptimizerFactory, RoutingRecorder, create_molf_optimizer, read_routing
 from molf.assets import BUNDLED_MODEL
-from molf.train.callbacks import RoutingCallback, before_loggers
+from molf.train.callbacks import RoutingCallback, SpeedCallback, before_loggers
 from molf.train.telemetry import LostUpdates, RoutingMetrics
 
 
@@ -112,6 +113,23 @@ def test_a_plain_trainer_reports_to_tensorboard(tmp_path: Path) -> None:
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert [entry["molf/dense_share"] for entry in logged] == pytest.approx(by_hand)
     assert 0 < logged[0]["molf/lost_update_fraction"] < 1
+
+
+def test_seconds_go_on_after_a_resume_and_tokens_are_those_since_the_entry_before(monkeypatch) -> None:
+    clock = iter([100.0, 104.0, 106.0])
+    monkeypatch.setattr("molf.train.callbacks.time.perf_counter", lambda: next(clock))
+    state = SimpleNamespace(log_history=[{"step": 1, "seconds": 50.0}, {"step": 1, "eval_loss": 1.0}])
+    speed = SpeedCallback(lambda: 7.0)
+    speed.on_train_begin(None, state, None)
+    for tokens_so_far, expected in ((400, (54.0, 100.0)), (500, (56.0, 50.0))):
+        logs = {"loss": 1.0, "num_tokens": tokens_so_far}
+        state.log_history.append(dict(logs))
+        speed.on_log(None, state, None, logs=logs)
+        assert (logs["seconds"], logs["tokens_per_second"], logs["peak_memory_mib"]) == (*expected, 7.0)
+        assert state.log_history[-1] == logs
+    evaluation = {"eval_loss": 1.0}
+    speed.on_log(None, state, None, logs=evaluation)
+    assert evaluation == {"eval_loss": 1.0}
 
 
 class Block(nn.Module):
