@@ -4,8 +4,8 @@
     python benchmarks/tables.py                # rewrites the tables in docs/performance.md
 
 stories3M learns 500 real CounterFact facts by MoLF (r 64), 8 epochs, batch 32, warm-up 0.1 then cosine, in a plain loop
-on one CPU thread; "drift" goes on for 1,000 steps with W kept and with W computed, on the same batches. A run that is in
-the results file is not run again.
+on one CPU thread; "drift" goes on for 1,000 steps with W kept and with W computed, on the same batches. A run that is
+in the results file is not run again.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -13,8 +14,10 @@ from ..optim import NonFiniteError, ResumeError
 COMMANDS = {
     "demo": "fine-tune the bundled model by every method and compare",
     "compare": "which method, at which learning rate, for your data",
+    "report": "runs as one page: loss, routing, memory, configuration; or a LoraConfig from what was routed",
     "eval": "a task's metrics of any model or adapter",
     "export": "a run as a merged model or as adapters, verified",
+    "plan": "tensors and memory of a training before it is run, by method and number of GPUs",
     "train": "fine-tune a model on your data by MoLF, full fine-tuning, LoRA and its kin, or a control",
     "bench": "time and memory of a step of each optimizer, side by side",
 }
@@ -48,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command, *rest = arguments
     if command not in COMMANDS:
         return _fail(f"unknown command {command!r}: choose one of {', '.join(COMMANDS)}")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports its use to the hub; here nothing phones home
     try:
         import_module(f".{command}", __name__).run(rest)
     except ModuleNotFoundError as error:

@@ -78,6 +78,7 @@ def run(argv: Sequence[str]) -> None:
     write_json(options.output_dir / "demo.json", results)
     print("\n" + table(results))
     print(f"\nmodels, metrics and routing logs: {options.output_dir}")
+    print(f"as one page: molf report {' '.join(str(options.output_dir / method) for method in options.methods)}")
 
 
 def _settings(data: Path, options: argparse.Namespace) -> dict[str, Any]:

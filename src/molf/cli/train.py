@@ -12,6 +12,7 @@ import yaml
 from trl import TrlParser
 
 from ..train.arguments import MethodArguments, TrainArguments
+from ..train.dry_run import compared, dry_run
 from ..train.run import train
 
 
@@ -68,13 +69,17 @@ def type_name(kind: Any) -> str:
     return str(kind).removeprefix("<class '").removesuffix("'>")
 
 
-def parse(argv: Sequence[str]) -> tuple[MethodArguments, TrainArguments]:
+def parse(argv: Sequence[str], kind: type[MethodArguments] = MethodArguments) -> tuple[Any, TrainArguments]:
     """The arguments of ``--config FILE.yaml --key value ...``, looked at as far as they can be without a model.
+
+    Args:
+        argv: The words.
+        kind: The arguments beside SFTConfig's.
 
     Raises:
         ValueError: For unknown or bad options.
     """
-    parser = _Parser((MethodArguments, TrainArguments), prog="molf train", allow_abbrev=False)
+    parser = _Parser((kind, TrainArguments), prog="molf train", allow_abbrev=False)
     words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     if words and words[-1] == "--config":
         raise ValueError("--config: name a YAML file")
@@ -97,6 +102,9 @@ def run(argv: Sequence[str]) -> None:
     """
     method, args = parse(argv)
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    if method.dry_run:
+        print(compared(dry_run(method, args)))
+        return
     metrics = train(method, args)
     print(json.dumps(metrics, indent=2))
     print(f"saved to {args.output_dir}")

@@ -64,7 +64,7 @@ class MoLFAdamW(MoLFState):
     def __init__(
         self, params: Iterable[dict[str, Any]], config: MoLFConfig, modules: Sequence[RoutedModule] = ()
     ) -> None:
-        self._decisions: list[Decision] = []
+        self.decisions: list[Decision] = []
         self._awaits_gradient: set[str] = set()
         self._coefficients: dict[tuple[Any, ...], Coefficients] = {}
         super().__init__(params, config, modules)
@@ -79,7 +79,7 @@ class MoLFAdamW(MoLFState):
 
     def __getstate__(self) -> dict[str, Any]:
         """As of the state, with the last decision and what a resume still waits for."""
-        own = {name: getattr(self, name) for name in ("_decisions", "_awaits_gradient", "_passes")}
+        own = {name: getattr(self, name) for name in ("decisions", "_awaits_gradient", "_passes")}
         if self.config.step_in_backward:
             raise TypeError(
                 "an optimizer with step_in_backward=True has hooks on its model: use state_dict() for copies"
@@ -101,7 +101,7 @@ class MoLFAdamW(MoLFState):
         """Experts, scores and winners of the last step for every module that had a gradient; empty before it."""
         return {
             name: Routing(self.experts, tuple(row), tuple(self.experts[index] for index in best))
-            for decision in self._decisions
+            for decision in self.decisions
             for name, row, best in zip(decision.modules, decision.scores, decision.winners, strict=True)
         }
 
@@ -122,7 +122,7 @@ class MoLFAdamW(MoLFState):
         self._check_written()
         active = [module for module in self.modules if self._has_gradients(module)]
         self._check_resumed({module.name for module in active})
-        self._decisions = []
+        self.decisions = []
         self._step(active, [each for each in self._others() if each.parameter.grad is not None])
         self._remember_written()
 
@@ -131,7 +131,7 @@ class MoLFAdamW(MoLFState):
         """One module's or parameter's step, in the backward pass."""
         if self._in_backward is not None and len(self._in_backward.stepped) == 1:
             self._check_written()
-            self._decisions = []
+            self.decisions = []
         if index < len(self.modules):
             self._step([self.modules[index]], [])
         else:
@@ -142,7 +142,7 @@ class MoLFAdamW(MoLFState):
         stepped = {self.modules[index].name for index in hooks.stepped if index < len(self.modules)}
         self._check_resumed(stepped)
         if not hooks.stepped:
-            self._decisions = []
+            self.decisions = []
         hooks.stepped.clear()
         self._remember_written()
 
@@ -184,7 +184,7 @@ class MoLFAdamW(MoLFState):
         names = tuple(module.name for module in active)
         decision = decide(names, scores, self.config.top_k, self._priorities(active, scores, counts), check.gate)
         check.raise_if_broken(decision.finite)
-        self._decisions.append(decision)
+        self.decisions.append(decision)
         return decision.winners
 
     def _track(

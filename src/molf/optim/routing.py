@@ -101,6 +101,9 @@ class RoutingRecorder:
         optimizer: A ``MoLFAdamW``, or what wraps one in an attribute ``optimizer`` (accelerate).
         path: The file, made at the first record; an existing log of the same modules and experts is continued.
 
+    Attributes:
+        latest: The latest record, or None before the first.
+
     Raises:
         ValueError: If ``path`` exists and is no such log.
     """
@@ -115,6 +118,8 @@ class RoutingRecorder:
         }
         if self.path.exists() and read_routing(self.path)[0] != self._header:
             raise ValueError(f"{self.path} holds the routing of other modules or experts: choose another path")
+        self.latest: dict[str, Any] | None = None
+        self._encoder = json.JSONEncoder(separators=(",", ":"))
         self._file: IO[str] | None = None
         self._hook = self.optimizer.register_step_post_hook(lambda *_: self.record())
 
@@ -138,17 +143,26 @@ class RoutingRecorder:
         step = self.optimizer.steps_taken
         if self._file is None:
             self._file = self._open(step)
-        latest = self.optimizer.routing
-        routing = [latest.get(name) for name in self._header["modules"]]
         groups = [group for group in self.optimizer.param_groups if group["expert"] in self.optimizer.experts]
-        line = {
+        scores, winners = self._of_all_modules()
+        self.latest = {
             "step": step,
             "lr": {group["expert"]: float(group["lr"]) for group in groups},
-            "scores": [None if r is None else r.scores for r in routing],
-            "winners": [None if r is None else [r.experts.index(name) for name in r.winners] for r in routing],
+            "scores": scores,
+            "winners": winners,
         }
-        self._file.write(json.dumps(line, separators=(",", ":")) + "\n")
+        self._file.write(self._encoder.encode(self.latest) + "\n")
         self._file.flush()
+
+    def _of_all_modules(self) -> tuple[list[Any], list[Any]]:
+        """Scores and winners in the header's order; None for a module that took no part."""
+        rows = {
+            name: row
+            for decision in self.optimizer.decisions
+            for name, *row in zip(decision.modules, decision.scores, decision.winners, strict=True)
+        }
+        found = [rows.get(name, (None, None)) for name in self._header["modules"]]
+        return [scores for scores, _ in found], [winners for _, winners in found]
 
     def sync(self) -> None:
         """Wait until what was recorded would survive a power loss."""
@@ -169,21 +183,37 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
 
 
-def read_routing(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Header and records of a routing log; a half-written last line is left out.
+def stream_routing(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Iterator[dict[str, Any]]]:
+    """Header of a routing log, and its records one by one; a half-written last line is left out.
 
     Raises:
         ValueError: If the file is no routing log of this schema version.
     """
     path = Path(path)
+    records = _lines(path)
     try:
-        header, *records = _lines(path)
+        header = next(records)
         version = header["schema"]
+    except StopIteration as error:
+        raise ValueError(f"{path} is no routing log: it is empty") from error
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no routing log: {error}") from error
     if version != SCHEMA_VERSION:
         raise ValueError(f"{path} has routing schema {version}, this version reads {SCHEMA_VERSION}: update molf")
     return header, records
+
+
+def read_routing(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Header and records of a routing log; a half-written last line is left out.
+
+    Raises:
+        ValueError: If the file is no routing log of this schema version, or damaged.
+    """
+    header, records = stream_routing(path)
+    try:
+        return header, list(records)
+    except ValueError as error:
+        raise ValueError(f"{path} is no routing log: {error}") from error
 
 
 def expert_share(records: list[dict[str, Any]], expert: int) -> float:

@@ -128,7 +128,8 @@ class MoLFState(Optimizer):
         self.state = kept
         for index, parameter in enumerate(p for group in self.param_groups for p in group["params"]):
             for key, value in state_dict["state"][index].items():
-                self.state[parameter][key].copy_(value)  # where W is the weight itself, that is where it goes
+                # in place: W may be the weight itself, and accelerate loads the state into itself
+                self.state[parameter][key].copy_(value)
         self.sync_weights()
 
     def _new_state(self, parameter: Tensor, expert: str) -> dict[str, Tensor]:

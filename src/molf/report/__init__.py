@@ -1,1 +1,1 @@
-"""What runs say: tables and verdicts."""
+"""What runs say: tables, verdicts, a page of figures, and advice."""

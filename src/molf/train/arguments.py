@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from trl import SFTConfig
@@ -28,6 +28,8 @@ class MethodArguments:
     Raises:
         ValueError: If a value is out of its range; the message names it and the remedy.
     """
+
+    needs_data: ClassVar[bool] = True
 
     model_name_or_path: str = _help("Folder or hub id of a transformers causal language model.", "")
     model_revision: str = _help("Revision of the model on the hub.", "main")
@@ -82,6 +84,10 @@ class MethodArguments:
         "Train what is not routed; default no for molf-e, else yes. molf-e then saves a whole model, no adapter."
     )
 
+    dry_run: bool = _help(
+        "Make one step, print its peak memory next to the estimate of molf plan, and save nothing.", False
+    )
+
     def __post_init__(self) -> None:
         for name in ("expert_ranks", "lora_alpha", "random_shares", "target_modules", "exclude_modules"):
             value = getattr(self, name)  # YAML may give one value without a list
@@ -93,7 +99,7 @@ class MethodArguments:
         if self.task is not None and self.task not in TASKS:
             choices = ", ".join(TASKS)
             raise ValueError(f"task={self.task!r}: choose one of {choices}, or none for prompt/completion JSON lines")
-        if self.task is None and not self.dataset_path:
+        if self.needs_data and self.task is None and not self.dataset_path:
             raise ValueError("dataset_path is not given: name a file of training data, or a task with its own")
         if self.task is None and self.eval_dataset_path:
             raise ValueError(f"eval_dataset_path={self.eval_dataset_path}: only a task is scored; name one")

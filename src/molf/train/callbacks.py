@@ -1,9 +1,11 @@
-"""Trainer callbacks: what will be trained, and the routing log."""
+"""Trainer callbacks: what will be trained, the routing log, and speed and memory among the Trainer's logs."""
 
 from __future__ import annotations
 
 import os
+import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,34 @@ from transformers import TrainerCallback
 
 from ..optim import MoLFAdamW, RoutingRecorder
 from .files import write_json
+from .telemetry import LostUpdates, RoutingMetrics
+
+
+def before_loggers(trainer: Any, *callbacks: TrainerCallback) -> None:
+    """Add callbacks that complete a log entry before ``report_to`` sees it; a Trainer's own ``callbacks=`` come after.
+
+    Args:
+        trainer: Any transformers or TRL Trainer.
+        *callbacks: ``RoutingCallback`` and the like.
+    """
+    trainer.callback_handler.callbacks[:0] = callbacks
+
+
+def _complete(state: Any, logs: dict[str, float], found: dict[str, float]) -> None:
+    """Add to a log entry: to what loggers see, and to the history that checkpoints and the run directory keep."""
+    logs.update(found)
+    state.log_history[-1].update(found)
 
 
 class RoutingCallback(TrainerCallback):
-    """Writes the routing log of a run; see ``RoutingRecorder``. Works in any transformers or TRL Trainer.
+    """Writes the routing log of a run and adds ``molf/...`` metrics to the Trainer's log; works in any Trainer.
+
+    The log is ``RoutingRecorder``'s, the metrics are ``RoutingMetrics``' and, for a step that is logged of a model with
+    16-bit weights, ``molf/lost_update_fraction``. For the metrics to reach ``report_to``, add it by ``before_loggers``.
+
+    Example:
+        trainer = SFTTrainer(..., report_to="tensorboard")
+        before_loggers(trainer, RoutingCallback("routing.jsonl"))
 
     Args:
         path: The log file, JSON lines.
@@ -23,11 +49,36 @@ class RoutingCallback(TrainerCallback):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self.recorder: RoutingRecorder | None = None
+        self._metrics: RoutingMetrics | None = None
+        self._lost: LostUpdates | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         """Open the log; on a resume continue it after the resumed step."""
         if state.is_world_process_zero:
             self.recorder = RoutingRecorder(optimizer, self.path)
+            own = self.recorder.optimizer
+            self._metrics = RoutingMetrics(own.routed_modules, own.experts)
+            self._lost = LostUpdates(own)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Before a step that may be logged, look at the weights."""
+        if self.recorder is not None and self._lost is not None and _may_log(args, state):
+            self._lost.before_step()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count the step's decisions."""
+        if self.recorder is not None and self.recorder.latest is not None and self._metrics is not None:
+            self._metrics.add(self.recorder.latest)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Complete an entry that has the training loss."""
+        if self._metrics is None or self._lost is None or logs is None or "loss" not in logs:
+            return
+        found = self._metrics.take()
+        if self.recorder is not None and self.recorder.latest is not None:
+            lost = self._lost.after_step(self.recorder.latest["winners"])
+            found |= {} if lost is None else {"molf/lost_update_fraction": lost}
+        _complete(state, logs, found)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A checkpoint must never be on the disk before the log that leads to it."""
@@ -47,6 +98,49 @@ class RoutingCallback(TrainerCallback):
         if self.recorder is not None:
             self.recorder.close()
             self.recorder = None
+
+
+def _may_log(args: Any, state: Any) -> bool:
+    """Whether the Trainer may log the step that is about to be made; by epochs it does not say beforehand."""
+    step = state.global_step + 1
+    if step == 1 and args.logging_first_step:
+        return True
+    strategy = str(getattr(args.logging_strategy, "value", args.logging_strategy))
+    return strategy == "epoch" or (strategy == "steps" and step % state.logging_steps == 0)
+
+
+class SpeedCallback(TrainerCallback):
+    """Adds ``seconds`` of training so far, ``tokens_per_second`` and ``peak_memory_mib`` to the training logs.
+
+    The seconds go on after a resume: they are those of the run and not of the process. Tokens are those that TRL counts
+    as ``num_tokens``, since the entry before.
+
+    Args:
+        peak_memory: Gives the peak memory so far, MiB.
+    """
+
+    def __init__(self, peak_memory: Callable[[], float]) -> None:
+        self.peak_memory = peak_memory
+        self._begin = 0.0
+        self._last = (0.0, 0.0)  # time and tokens at the entry before; TRL counts from the start of the process
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock where the history ends."""
+        before = [entry for entry in state.log_history if "seconds" in entry]
+        now = time.perf_counter()
+        self._begin = now - (before[-1]["seconds"] if before else 0.0)
+        self._last = (now, 0.0)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Complete an entry that has the training loss."""
+        if logs is None or "loss" not in logs:
+            return
+        now = time.perf_counter()
+        found = {"seconds": now - self._begin, "peak_memory_mib": self.peak_memory()}
+        if "num_tokens" in logs:
+            found["tokens_per_second"] = (logs["num_tokens"] - self._last[1]) / (now - self._last[0])
+            self._last = (now, logs["num_tokens"])
+        _complete(state, logs, found)
 
 
 class PlanCallback(TrainerCallback):

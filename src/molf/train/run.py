@@ -1,13 +1,15 @@
 """One training run: model, data, method, trainer, and the run directory that it leaves.
 
 The run directory holds the trained model (``model.safetensors`` or ``adapter_model.safetensors``, tokenizer
-and configuration), ``run.json`` (resolved configuration and versions), ``metrics.json``, ``routing.jsonl`` for
-methods that route, and the trainer's checkpoints.
+and configuration), ``run.json`` (resolved configuration and versions), ``metrics.json``, ``trainer_state.json``
+(what was logged, with times), ``routing.jsonl`` for methods that route, and the trainer's checkpoints.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import resource
 import time
 from collections.abc import Sequence
@@ -16,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 from trl import SFTTrainer
 
 from ..optim import MoLFConfig, MoLFOptimizerFactory, read_routing
@@ -25,7 +27,7 @@ from ..tasks import Task, get_task
 from ..tasks.prompts import Context
 from .adalora import AdaLoraCallback, AdaLoraTrainer
 from .arguments import MethodArguments, TrainArguments
-from .callbacks import PlanCallback, RoutingCallback
+from .callbacks import PlanCallback, RoutingCallback, SpeedCallback, before_loggers
 from .checkpoints import WholeCheckpoints, writing
 from .data import fit_examples, load_data
 from .files import sync, write_json
@@ -36,12 +38,13 @@ from .quantize import PACKAGES, keep_adapters_in_fp32, quantized
 from .resume import find_checkpoint, finished, is_over
 
 
-def train(method: MethodArguments, args: TrainArguments) -> dict[str, Any]:
+def train(method: MethodArguments, args: TrainArguments, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
     """Train by one method and save the result; returns the metrics.
 
     Args:
         method: Model, data, method and experts.
         args: Everything else, in TRL's names.
+        callbacks: Further callbacks of the Trainer.
 
     Raises:
         ValueError: If an argument, the data, the model or a checkpoint does not fit; no result is written then.
@@ -61,9 +64,9 @@ def train(method: MethodArguments, args: TrainArguments) -> dict[str, Any]:
     checkpoint = find_checkpoint(args.resume_from_checkpoint, str(args.output_dir), resolved)
     task = get_task(method.task) if method.task is not None else None
     dataset, scored = load_data(task, method)
-    memory = _PeakMemory()
     set_seed(args.seed)
     tokenizer = load_training_tokenizer(method, args)
+    memory = _PeakMemory()
     with naming(method.model_name_or_path):
         model = load_model(method.model_name_or_path, method.dtype, **_hub(method, args), **_quantized(method, args))
         resolved["model_commit"] = hub_commit(method.model_name_or_path, method.model_revision)
@@ -72,7 +75,6 @@ def train(method: MethodArguments, args: TrainArguments) -> dict[str, Any]:
     adalora = AdaLoraCallback()
     out = Path(str(args.output_dir))
     routing = RoutingCallback(out / "routing.jsonl")
-    own = [adalora] if method.method == "adalora" else [routing] if spec.routes else []
     trainer = _make_trainer(
         method.method,
         model=model if adapted is None else adapted.model,
@@ -80,8 +82,13 @@ def train(method: MethodArguments, args: TrainArguments) -> dict[str, Any]:
         train_dataset=dataset,
         processing_class=tokenizer,
         optimizer_cls_and_kwargs=(MoLFOptimizerFactory, {"config": config}) if spec.routes else None,
-        callbacks=[*own, PlanCallback(out / "run.json", resolved)],
+        callbacks=[
+            *([adalora] if method.method == "adalora" else []),
+            PlanCallback(out / "run.json", resolved),
+            *callbacks,
+        ],
     )
+    before_loggers(trainer, SpeedCallback(memory.mib), *([routing] if spec.routes else []))
     try:
         metrics = {"method": method.method, **_run(trainer, checkpoint, memory), **cut}
     finally:
@@ -127,6 +134,7 @@ def _save(trainer: Any, adapted: Adapted | None, out: Path) -> None:
     """Save the trained model, on the disk before any metrics say that the run is over."""
     with writing(out):
         trainer.save_model()
+        trainer.save_state()
         if adapted is not None:
             adapted.save_on_original_base(out)
         for path in out.iterdir():
@@ -214,10 +222,18 @@ class _PeakMemory:
     """Peak memory since it was made, MiB: of the device where there is one, else the process's resident growth."""
 
     def __init__(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        elif os.path.exists("/proc/self/clear_refs"):
+            with contextlib.suppress(PermissionError):  # a read-only /proc: the peak may then be an earlier one
+                Path("/proc/self/clear_refs").write_text("5")  # what came before the model is none of its peak
         pages = int(Path("/proc/self/statm").read_text().split()[1]) if os.path.exists("/proc/self/statm") else 0
         self.before = pages * resource.getpagesize() / 2**20
 
     def mib(self) -> float:
         if torch.cuda.is_available():
             return torch.cuda.max_memory_allocated() / 2**20
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10 - self.before
+        status = Path("/proc/self/status").read_text() if os.path.exists("/proc/self/status") else ""
+        found = re.search(r"VmHWM:\s+(\d+) kB", status)
+        peak = int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / 2**10 - self.before

@@ -1,0 +1,301 @@
+"""The memory of a run by kind: the real model, adapter and optimizer are made of fake tensors, and a step is simulated.
+
+Nothing is loaded or allocated. Weights, masters, experts, moments and gradients are counted from the tensors that would
+be there; a forward and backward pass on fake tensors tells what activations and their gradients hold at the peak.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ..optim import MoLFConfig, create_molf_optimizer
+from ..train.methods import METHODS, adapter_config
+from .tracker import PeakTracker
+
+KINDS = ("weights", "masters", "experts", "gradients", "moments", "activations", "communication")
+HEAD_CHUNK = 32768
+"""Columns of the logits that TRL's loss holds at a time."""
+STEP_TENSORS = 3
+"""Tensors of the size of the largest trained one that MoLF's step holds beside the state: root, term, update."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What decides the memory apart from the method.
+
+    Attributes:
+        model: The model's transformers configuration.
+        dtype: Of its weights.
+        batch: Sequences per device and forward pass.
+        length: Tokens per sequence.
+        accumulation: Forward passes per step.
+        checkpointing: Whether activations are recomputed.
+        autocast: Whether the forward pass is in bf16 by autocast.
+        fused: Whether the AdamW of methods that do not route is fused.
+        trust_remote_code: Whether the model's own code may run.
+    """
+
+    model: Any
+    dtype: torch.dtype
+    batch: int
+    length: int
+    accumulation: int = 1
+    checkpointing: bool = False
+    autocast: bool = False
+    fused: bool = True
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Held:
+    """One tensor that is there throughout training.
+
+    Attributes:
+        kind: One of ``KINDS``.
+        name: The parameter that it belongs to.
+        shape: Its shape.
+        bytes: Its size.
+        sharded: Whether FSDP2 keeps a row shard of it per GPU; A of virtual experts and its moments are whole on each.
+    """
+
+    kind: str
+    name: str
+    shape: tuple[int, ...]
+    bytes: int
+    sharded: bool = True
+
+    def bytes_on(self, gpus: int) -> int:
+        """Of one GPU's shard: rows are dealt out in equal parts, the last of which may be smaller."""
+        rows = self.shape[0] if self.shape else 1
+        return -(-rows // gpus) * self.bytes // max(1, rows) if self.sharded else self.bytes
+
+
+@dataclass(frozen=True)
+class Row:
+    """A parameter in the table of tensors; see ``molf.plan.text``."""
+
+    name: str
+    shape: tuple[int, ...]
+    experts: str
+    lr: float
+    weight_decay: float
+    trained: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One method's tensors and memory.
+
+    Attributes:
+        method: Its name.
+        ranks: Of its LoRA experts.
+        held: What is there throughout.
+        rows: The table of tensors.
+        peak: Of a forward and backward pass, gradients included, bytes.
+        step: What the optimizer's step holds beside state and gradients, bytes.
+        blocks: Bytes of the largest layer's weights, of which FSDP2 gathers two.
+        tied: Whether the output head is the embedding.
+    """
+
+    method: str
+    ranks: tuple[int, ...]
+    held: list[Held]
+    rows: list[Row] = field(repr=False)
+    peak: int
+    step: int
+    blocks: int
+    tied: bool
+
+    def memory(self, gpus: int = 1, sharded: bool = False) -> dict[str, int]:
+        """Bytes per GPU by kind at the peak; their sum is the peak.
+
+        Args:
+            gpus: How many.
+            sharded: FSDP2, where a GPU has its share of every sharded tensor and gathers two layers at a time; else
+                DDP, where every GPU has all, and the gradients a second time in DDP's buckets.
+        """
+        found = dict.fromkeys(KINDS, 0)
+        for tensor in self.held:
+            found[tensor.kind] += tensor.bytes_on(gpus) if sharded else tensor.bytes
+        whole = sum(tensor.bytes for tensor in self.held if tensor.kind == "gradients")
+        found["activations"] = max(self.peak - whole, self.step // (gpus if sharded else 1), 0)
+        if gpus > 1:
+            found["communication"] = 2 * self.blocks if sharded else whole
+        return found
+
+
+def plan_method(name: str, config: MoLFConfig, work: Workload) -> Plan:
+    """Make a method's model and optimizer of fake tensors and simulate a step.
+
+    Args:
+        name: Of ``molf train``.
+        config: Its experts, as ``MethodArguments.molf_config`` resolves them.
+        work: Model, precision and batch.
+
+    Raises:
+        ValueError: If the model cannot be routed this way.
+    """
+    spec = METHODS[name]
+    base, model = _on_meta(name, config, work)
+    with FakeTensorMode(
+        allow_non_fake_inputs=True
+    ):  # tensors that say they are on the CPU, so that operations choose its kernels, not meta's
+        model.to_empty(device="cpu")
+        base.tie_weights()
+        optimizer = create_molf_optimizer(model, config) if spec.routes else None
+        rows = list(_routed_rows(model, optimizer) if optimizer else _plain_rows(model, config, spec.adapter))
+        held = [*_of_model(model), *(_of_optimizer(optimizer) if optimizer else _of_adamw(model))]
+        peak = _simulate(model, base, work)
+    sizes = [tensor.bytes for tensor in held if tensor.kind == "moments"]
+    temporaries = STEP_TENSORS if spec.routes else 0 if work.fused else 2
+    return Plan(
+        name,
+        tuple(config.expert_ranks),
+        held,
+        rows,
+        peak,
+        temporaries * max(sizes, default=0),
+        _largest_block(base),
+        base.get_output_embeddings() is not None
+        and base.get_output_embeddings().weight is base.get_input_embeddings().weight,
+    )
+
+
+def _on_meta(name: str, config: MoLFConfig, work: Workload) -> tuple[Any, Any]:
+    """The base model, and the same one with the method's adapter where it has one."""
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(
+            work.model, dtype=work.dtype, trust_remote_code=work.trust_remote_code
+        ).train()
+        if not METHODS[name].saves_adapter(config):
+            return base, base
+        return base, get_peft_model(base, adapter_config("lora" if name == "pissa" else name, config))
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _of_model(model: nn.Module) -> Iterator[Held]:
+    for name, parameter in model.named_parameters():
+        shape = tuple(parameter.shape)
+        yield Held("experts" if ".lora_" in name else "weights", name, shape, _size(parameter))
+        if parameter.requires_grad:
+            yield Held("gradients", name, shape, _size(parameter))
+
+
+def _of_optimizer(optimizer: Any) -> Iterator[Held]:
+    """What ``optimizer.state`` holds, as it is: W where there is one, virtual experts with their moments, moments."""
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["param_names"], group["params"], strict=True):
+            for key, value in optimizer.state[parameter].items():
+                if key != "step":
+                    kind = "masters" if key == "base" else "experts" if key.startswith("lora_") else "moments"
+                    yield Held(kind, name, tuple(value.shape), _size(value), not key.startswith("lora_A"))
+
+
+def _of_adamw(model: nn.Module) -> Iterator[Held]:
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            yield Held("moments", name, tuple(parameter.shape), 2 * _size(parameter))
+
+
+def _routed_rows(model: nn.Module, optimizer: Any) -> Iterator[Row]:
+    """Every parameter with its experts; virtual experts follow the weight that they belong to."""
+    routed = {
+        name: m for m in optimizer.modules for name in (f"{m.name}.weight", f"{m.name}.lora_A", f"{m.name}.lora_B")
+    }
+    trained = {}
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["param_names"], group["params"], strict=True):
+            trained[parameter] = (name, group)
+    lora = [group for group in optimizer.param_groups if group["expert"].startswith("lora_")]
+    names = ", ".join(group["expert"] for group in lora)
+    for name, parameter in model.named_parameters():
+        own, group = trained.get(parameter, (name, None))
+        shape = tuple(parameter.shape)
+        if group is None or group["expert"] == "base":
+            yield Row(name, shape, "", 0.0, 0.0, False)
+        elif own.endswith((".lora_A", ".lora_B")) and own in routed:
+            yield Row(own, shape, names, lora[0]["lr"], lora[0]["weight_decay"], True)
+        else:
+            expert = group["expert"].removesuffix("_bias") if group["expert"].startswith("dense") else "not routed"
+            yield Row(name, shape, expert, group["lr"], group["weight_decay"], True)
+        for key in ("lora_A", "lora_B"):
+            if parameter in trained and key in optimizer.state[parameter]:
+                virtual = tuple(optimizer.state[parameter][key].shape)
+                place = name.removesuffix(".weight")
+                yield Row(f"{place}.{key}", virtual, names, lora[0]["lr"], lora[0]["weight_decay"], True)
+
+
+def _plain_rows(model: nn.Module, config: MoLFConfig, adapter: bool) -> Iterator[Row]:
+    """Parameters as the Trainer's AdamW groups them: no decay of vectors, one learning rate."""
+    lr, decay = (config.lora_lr, config.lora_weight_decay) if adapter else (config.lr, config.weight_decay)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            yield Row(name, tuple(parameter.shape), "", lr, decay if parameter.dim() > 1 else 0.0, True)
+        else:
+            yield Row(name, tuple(parameter.shape), "", 0.0, 0.0, False)
+
+
+def _simulate(model: Any, base: Any, work: Workload) -> int:
+    """Peak of what a forward and backward pass make, with the gradients; with accumulation of the second pass."""
+    from trl.kernels import ChunkedLogProbFunction
+
+    if work.checkpointing:
+        base.activation_checkpointing_enable({"use_reentrant": False})
+        if model is not base:
+            base.enable_input_require_grads()
+    head = base.get_output_embeddings()
+    chunk = HEAD_CHUNK if torch.cuda.is_available() else min(HEAD_CHUNK, head.weight.shape[0])
+    with PeakTracker() as tracker:
+        ids = torch.zeros(work.batch, work.length, dtype=torch.long)
+        mask = torch.ones_like(ids)
+        mask[-1, -1] = 0  # a batch with padding takes more than one without
+        for _ in range(min(2, work.accumulation)):
+            with torch.autocast("cpu", torch.bfloat16, enabled=work.autocast):
+                hidden = base.base_model(input_ids=ids, attention_mask=mask, use_cache=False)[0][:, :-1]
+                flat = hidden.reshape(-1, hidden.size(-1))
+                targets, outputs = ids[:, 1:].reshape(-1), ("entropy", "is_top1")
+                found = ChunkedLogProbFunction.apply(
+                    flat, head.weight, head.bias, targets, 1.0, chunk, None, 1.0, outputs
+                )
+            del hidden, flat
+            found[0].sum().backward()
+            del found
+    return tracker.peak
+
+
+def _largest_block(base: nn.Module) -> int:
+    """Bytes of the largest layer's parameters; what FSDP2 gathers at a time."""
+    layers = [m for name, m in base.named_modules() if name.rpartition(".")[2].isdecimal()]
+    return max((sum(_size(p) for p in layer.parameters()) for layer in layers), default=0)
+
+
+def side_by_side(method: str, config: MoLFConfig, work: Workload) -> list[Plan]:
+    """The method as it is configured, next to fft, lora, molf and molf-e with its ranks, or their own defaults."""
+    plans = []
+    for name in dict.fromkeys(("fft", "lora", "molf", "molf-e", method)):
+        spec = METHODS[name]
+        ranks = tuple(config.expert_ranks) or spec.default_ranks
+        if spec.one_rank:
+            ranks = ranks[-1:]
+        if name == "molf-e" and len(ranks) < 2:
+            ranks = spec.default_ranks
+        if name == "fft":
+            ranks = ()
+        other = replace(
+            config, expert_ranks=ranks, train_base=spec.train_base, policy="score", random_shares=None, top_k=1,
+            lora_alpha=None, train_other=None, lora_dropout=0.0,
+        )  # fmt: skip
+        plans.append(plan_method(name, config if name == method else other, work))
+    return plans

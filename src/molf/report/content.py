@@ -1,0 +1,168 @@
+"""What the report says of runs: headline, curves, costs and configuration, as plain lists and numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..tasks import TASKS, get_task
+from .routing_content import routing_content, sentences
+from .runs import Run
+from .statistics import windows
+
+CURVE_POINTS = 1000
+
+
+def content(runs: Sequence[Run]) -> dict[str, Any]:
+    """Everything that the page shows. Long curves are means over windows; the page says so."""
+    return {
+        "title": runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
+        "subtitle": _subtitle(runs),
+        "notes": [unfinished(run) for run in runs if not run.finished],
+        "columns": COLUMNS,
+        "rows": [headline(run) for run in runs],
+        "runs": [_run(run) for run in runs],
+        "configuration": configuration(runs),
+    }
+
+
+def unfinished(run: Run) -> str:
+    """A line for a run without its metrics."""
+    steps = [entry["step"] for entry in run.history]
+    if run.routing is not None:
+        steps += run.routing.steps[-1:].tolist()
+    return f"{run.name} is not finished (it has no metrics.json); it is shown up to step {max(steps, default=0):,}."
+
+
+COLUMNS: list[dict[str, Any]] = [
+    {"key": "run", "label": "Run"},
+    {"key": "method", "label": "Method"},
+    {"key": "ranks", "label": "LoRA ranks"},
+    {"key": "lr", "label": "LR", "digits": None},
+    {"key": "lora_lr", "label": "LoRA LR", "digits": None},
+    {"key": "score", "label": "Score", "digits": 1},
+    {"key": "loss", "label": "Train loss", "digits": 3},
+    {"key": "steps", "label": "Steps", "digits": 0},
+    {"key": "seconds", "label": "Seconds", "digits": 1},
+    {"key": "speed", "label": "Tokens/s", "digits": 0},
+    {"key": "memory", "label": "Peak MiB", "digits": 0},
+    {"key": "dense", "label": "Dense wins, %", "digits": 1},
+]
+"""The headline table; a column with "digits" is numeric (None: as few digits as tell the number)."""
+
+
+def headline(run: Run) -> dict[str, Any]:
+    """One row of the headline table; None where a run has no such number."""
+    method, molf, metrics = run.config["method"], run.config["molf"], run.metrics
+    has_lora, has_dense = bool(molf.get("expert_ranks")), bool(molf.get("train_base"))
+    share = metrics.get("expert_share", {}).get("dense")
+    return {
+        "run": run.name,
+        "method": str(method.get("method")),
+        "ranks": ", ".join(str(rank) for rank in molf.get("expert_ranks", [])) or None,
+        "lr": _number(molf.get("lr")) if has_dense else None,
+        "lora_lr": _number(molf.get("lora_lr")) if has_lora else None,
+        "score": score(run)[1],
+        "loss": _number(metrics.get("train_loss")),
+        "steps": _number(metrics.get("steps")),
+        "seconds": _number(metrics.get("seconds")),
+        "speed": _speed(run),
+        "memory": _number(metrics.get("peak_memory_mib")),
+        "dense": None if share is None else 100 * share,
+    }
+
+
+def score(run: Run) -> tuple[str, float | None]:
+    """Name and value of the task's primary metric, of the test split where there is one."""
+    task = run.config["method"].get("task")
+    if task not in TASKS:
+        return "", None
+    primary = get_task(task).primary
+    return primary, _number(run.metrics.get("test", run.metrics).get(primary))
+
+
+def _number(value: Any) -> float | None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return value if number else None
+
+
+def _speed(run: Run) -> float | None:
+    """Tokens per second over the run: weighted by the time of each entry of the log."""
+    entries = [entry for entry in run.history if "tokens_per_second" in entry]
+    spans = np.diff([0.0, *(entry["seconds"] for entry in entries)])
+    return float(np.dot(spans, [e["tokens_per_second"] for e in entries]) / spans.sum()) if entries else None
+
+
+def _subtitle(runs: Sequence[Run]) -> str:
+    """Model, task and package versions, where the runs agree on them."""
+    facts = [
+        ("", [Path(str(run.config["method"].get("model_name_or_path"))).name for run in runs]),
+        ("task ", [run.config["method"].get("task") for run in runs]),
+        ("", [run.config.get("versions", {}).get("device") for run in runs]),
+        ("torch ", [run.config.get("versions", {}).get("torch") for run in runs]),
+    ]
+    return " · ".join(f"{label}{values[0]}" for label, values in facts if values[0] and len(set(values)) == 1)
+
+
+def _run(run: Run) -> dict[str, Any]:
+    name, value = score(run)
+    return {
+        "name": run.name,
+        "curve": curve(run.history),
+        "score_name": name,
+        "score": value,
+        "steps": _number(run.metrics.get("steps")),
+        "seconds": _number(run.metrics.get("seconds")),
+        "memory": _number(run.metrics.get("peak_memory_mib")),
+        "sentences": [] if run.routing is None else sentences(run.routing),
+        "routing": None if run.routing is None else routing_content(run.routing),
+    }
+
+
+def curve(history: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Loss against step, seconds and tokens; of more than 1,000 entries the means over windows of them."""
+    entries = [entry for entry in history if _number(entry.get("loss")) is not None]
+    edges = windows(len(entries), CURVE_POINTS)
+    points: dict[str, Any] = {"logged": len(entries), "averaged": int(edges[1]) if entries else 1}
+    for key, name in (("step", "steps"), ("seconds", "seconds"), ("num_tokens", "tokens"), ("loss", "loss")):
+        values = np.array([_number(entry.get(key)) for entry in entries], dtype=float)
+        known = len(entries) > 0 and not np.isnan(values).any()
+        means = [values[a:b].mean() for a, b in pairwise(edges)] if known else []
+        points[name] = [float(f"{mean:.6g}") for mean in means]
+    return points
+
+
+def configuration(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Every resolved option and metric of every run, by section; "differs" where the runs do not agree."""
+    sections = []
+    for title, parts in (
+        ("Method", [run.config["method"] for run in runs]),
+        ("Experts", [run.config["molf"] for run in runs]),
+        ("Training", [run.config["training"] for run in runs]),
+        ("Versions", [run.config.get("versions", {}) for run in runs]),
+        ("Metrics", [_flat(run.metrics) for run in runs]),
+    ):
+        keys = dict.fromkeys(key for part in parts for key in part)
+        rows = []
+        for key in keys:
+            values = [_text(part[key]) if key in part else "" for part in parts]
+            rows.append({"key": key, "values": values, "differs": len(set(values)) > 1})
+        sections.append({"title": title, "rows": rows})
+    return sections
+
+
+def _flat(metrics: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in metrics.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

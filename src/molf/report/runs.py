@@ -1,0 +1,160 @@
+"""Run directories as a report reads them: configuration, metrics, what was logged, and the routing log as arrays."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..optim.routing import stream_routing
+
+
+@dataclass(frozen=True)
+class RoutingLog:
+    """A routing log: T steps, M modules, E experts.
+
+    Attributes:
+        modules: Module names.
+        experts: Expert names.
+        steps: Step numbers, (T,).
+        scores: (T, M, E), float32; nan where a module had no gradient.
+        best: Index of the best winner, (T, M); -1 where a module had no gradient.
+        won: Which experts were updated, (T, M, E), bool.
+    """
+
+    modules: tuple[str, ...]
+    experts: tuple[str, ...]
+    steps: np.ndarray
+    scores: np.ndarray
+    best: np.ndarray
+    won: np.ndarray
+
+    @property
+    def took_part(self) -> np.ndarray:
+        """Which modules had a gradient at which step, (T, M), bool."""
+        took_part: np.ndarray = self.best >= 0
+        return took_part
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run directory.
+
+    Attributes:
+        name: What the report calls it: its folder, as far as the runs' folders differ.
+        folder: The directory.
+        config: ``run.json``: "method", "molf", "training", "versions".
+        metrics: ``metrics.json``; empty if the run has not ended.
+        history: What the Trainer logged, from ``trainer_state.json``, or of the newest checkpoint.
+        routing: The routing log, or None for a method that does not route.
+    """
+
+    name: str
+    folder: Path
+    config: dict[str, Any]
+    metrics: dict[str, Any]
+    history: list[dict[str, Any]]
+    routing: RoutingLog | None
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has its metrics."""
+        return bool(self.metrics)
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """The runs of these folders, named by what tells them apart.
+
+    Raises:
+        ValueError: If a folder is no run directory, is damaged or given twice; one line that says which and why.
+    """
+    paths = [Path(os.path.abspath(folder)) for folder in folders]
+    for path in paths:
+        if paths.count(path) > 1:
+            raise ValueError(f"{path} is given twice: name each run once")
+    common = common_folder(paths)
+    names = [path.name if len(paths) == 1 else os.path.relpath(path, common) for path in paths]
+    return [_read_run(path, name) for path, name in zip(paths, names, strict=True)]
+
+
+def common_folder(paths: Sequence[Path]) -> Path:
+    """The run's own folder, or of several runs the folder that holds them all."""
+    return Path(os.path.commonpath(paths))
+
+
+def _read_run(folder: Path, name: str) -> Run:
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder: name the output_dir of a molf train")
+    if not (folder / "run.json").is_file():
+        inside = sorted(str(path.parent) for path in folder.glob("*/run.json"))
+        hint = f"; the runs in it are {' '.join(inside)}" if inside else ""
+        raise ValueError(f"{folder} is no run of molf train, because it has no run.json{hint}")
+    config = _read_json(folder / "run.json")
+    for part in ("method", "molf", "training"):
+        if not isinstance(config.get(part), dict):
+            raise ValueError(f"{folder / 'run.json'} has no {part!r}: it was not written by molf train")
+    metrics = _read_json(folder / "metrics.json") if (folder / "metrics.json").is_file() else {}
+    log = folder / "routing.jsonl"
+    return Run(name, folder, config, metrics, _history(folder), read_routing_log(log) if log.is_file() else None)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: it holds no mapping")
+    return content
+
+
+def _history(folder: Path) -> list[dict[str, Any]]:
+    """The log of the finished run, or else of its newest checkpoint that has one."""
+    checkpoints = [(int(found[1]), path) for path in folder.glob("checkpoint-*") if (found := _numbered(path.name))]
+    for path in [folder, *(path for _, path in sorted(checkpoints, reverse=True))]:
+        if (path / "trainer_state.json").is_file():
+            history = _read_json(path / "trainer_state.json").get("log_history", [])
+            return [entry for entry in history if isinstance(entry, dict) and "step" in entry]
+    return []
+
+
+def _numbered(name: str) -> re.Match[str] | None:
+    return re.fullmatch(r"checkpoint-(\d+)", name)
+
+
+def read_routing_log(path: Path) -> RoutingLog:
+    """A routing log as arrays: for 100,000 steps of 200 modules with two experts about 220 MB.
+
+    Raises:
+        ValueError: If the file is no routing log, or a record is damaged; names the line.
+    """
+    header, records = stream_routing(path)
+    modules, experts = tuple(header["modules"]), tuple(header["experts"])
+    with path.open("rb") as file:
+        count = max(0, sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b"")) - 1)
+    shape = (count, len(modules), len(experts))
+    scores = np.full(shape, np.nan, dtype=np.float32)
+    won = np.zeros(shape, dtype=bool)
+    best = np.full(shape[:2], -1, dtype=np.int16)
+    steps = np.zeros(count, dtype=np.int64)
+    row = 0
+    try:
+        for record in records:
+            steps[row] = record["step"]
+            took_part = np.array([winners is not None for winners in record["winners"]], dtype=bool)
+            if took_part.any():
+                winners = np.array([w for w in record["winners"] if w is not None], dtype=np.int16)
+                scores[row, took_part] = [s for s in record["scores"] if s is not None]
+                best[row, took_part] = winners[:, 0]
+                for place in winners.T:
+                    won[row, took_part.nonzero()[0], place] = True
+            row += 1
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"{path}, line {row + 2}, is damaged: {error}") from error
+    return RoutingLog(modules, experts, steps, scores, best, won)

@@ -1,0 +1,141 @@
+"""The report in headless Chromium: no console error, hover, sorting, sliding, both widths, both schemes, no network."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from molf.cli import main
+from run_folders import routing_lines, write_run
+
+CHROMIUM = next((path for name in ("chromium", "chromium-browser") if (path := shutil.which(name))), None)
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+).split()
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="Chromium is missing: apt-get install chromium"),
+]
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory) -> Path:
+    """A page of a run that does not route, two that do, and names that are no HTML."""
+    folder = tmp_path_factory.mktemp("runs")
+    modules = [f"model.layers.{layer}.{name}" for layer in range(24) for name in ("q_proj", "up_proj", "down_proj")]
+    three = routing_lines(9, modules, ["dense", "lora_r2", "lora_r8"])
+    runs = [
+        write_run(folder / "fft <img src=x onerror=alert(1)>", "fft", ranks=()),
+        write_run(folder / "molf", routing=routing_lines(300, modules), steps=2000),
+        write_run(folder / ("long-" * 12), routing=three, ranks=(2, 8)),
+    ]
+    assert main(["report", *map(str, runs)]) == 0
+    return folder / "report.html"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def opened(browser, report: Path, request) -> Iterator[Any]:
+    """The page at a width and in a scheme; at the end nothing was complained of or asked of a network."""
+    width, scheme = getattr(request, "param", (1280, "light"))
+    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    said: list[str] = []
+    page.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("dialog", lambda dialog: said.append("dialog") or dialog.dismiss())
+    page.on(
+        "request",
+        lambda asked: said.append(asked.url) if not asked.url.startswith(("file:", "data:", "blob:")) else None,
+    )
+    page.goto(report.as_uri())
+    page.wait_for_selector("#settled .main-svg")
+    yield page
+    page.close()
+    assert said == []
+
+
+@pytest.mark.parametrize("opened", [(w, s) for w in (1280, 400) for s in ("light", "dark")], indirect=True)
+def test_every_chart_is_drawn_and_nothing_is_wider_than_the_page(opened) -> None:
+    width = opened.viewport_size["width"]
+    assert opened.evaluate("document.documentElement.scrollWidth") <= width
+    for name in ("loss", "score", "won", "share", "margin", "special", "settled", "memory", "time"):
+        box = opened.locator(f"#{name} .main-svg").first.bounding_box()
+        assert box is not None
+        assert box["width"] > 0.6 * min(width, 590), name
+        assert box["x"] + box["width"] <= width + 1, name
+    dark = opened.evaluate("matchMedia('(prefers-color-scheme: dark)').matches")
+    back, ink, chart = opened.evaluate(
+        """[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color,
+            document.querySelector('#loss').layout.font.color]"""
+    )
+    assert (brightness(back) < 80 < 170 < brightness(ink)) == dark
+    assert (chart == "#9aa0a8") == dark
+    assert opened.locator("#title").inner_text() == "3 runs"
+
+
+def brightness(rgb: str) -> float:
+    return sum(float(part) for part in rgb[rgb.index("(") + 1 : -1].split(",")[:3]) / 3
+
+
+def test_the_headline_sorts(opened) -> None:
+    def column(number: int) -> list[str]:
+        return opened.locator(f"#headline tr td:nth-child({number})").all_inner_texts()
+
+    names = opened.locator("#headline th button").all_inner_texts()
+    steps = names.index("Steps") + 1
+    assert column(steps) == ["20", "2,000", "20"]
+    for expected in (["2,000", "20", "20"], ["20", "20", "2,000"]):
+        opened.locator("#headline th button", has_text="Steps").click()
+        assert column(steps) == expected
+    assert opened.locator("#headline th[aria-sort=ascending]").count() == 1
+    opened.locator("#headline th button", has_text="Method").click()
+    assert column(names.index("Method") + 1) == ["fft", "molf", "molf"]
+    assert column(1)[0] == "fft <img src=x onerror=alert(1)>"
+
+
+def test_hover_slider_and_choices(opened) -> None:
+    heat = opened.locator("#won .nsewdrag").first
+    heat.scroll_into_view_if_needed()
+    box = heat.bounding_box()
+    opened.mouse.move(box["x"] + box["width"] * 0.5, box["y"] + 6)
+    opened.mouse.move(box["x"] + box["width"] * 0.52, box["y"] + 7)
+    opened.wait_for_selector("#won .hovertext")
+    assert "model.layers.0.up_proj" in opened.locator("#won .hovertext").first.text_content()
+    assert "all steps, 1 to 300" in opened.locator("#shown").inner_text()
+    before = opened.evaluate("document.querySelector('#won').data[0].z[0][0]")
+    opened.locator("#window").focus()
+    opened.keyboard.press("ArrowRight")
+    assert opened.locator("#shown").inner_text() == "steps 1 to 5"
+    after = opened.evaluate("document.querySelector('#won').data[0].z[0][0]")
+    assert (before, after) == (pytest.approx(1 / 300, abs=1e-4), 0.2)
+    opened.locator("#axis button", has_text="Seconds").click()
+    assert opened.evaluate("document.querySelector('#loss').layout.xaxis.title.text") == "Seconds"
+    assert opened.evaluate("document.querySelector('#loss').data[0].x[1]") == 1.0
+    opened.locator("#routed button", has_text="long-").click()
+    opened.locator("#expert button", has_text="lora_r8").click()
+    assert "Won by lora_r8" in opened.evaluate("document.querySelector('#share').layout.yaxis.title.text")
+    opened.locator("#find").fill("lora_lr")
+    assert opened.locator("#configuration details[open] td:first-child").all_inner_texts() == ["lora_lr"]
+
+
+def test_a_report_without_routing_says_so(browser, tmp_path) -> None:
+    run = write_run(tmp_path / "fft", "fft", ranks=())
+    assert main(["report", str(run)]) == 0
+    page = browser.new_page()
+    page.goto((run / "report.html").as_uri())
+    assert "None of these runs routes" in page.locator("#routing").inner_text()
+    page.wait_for_selector("#memory .main-svg")
+    page.close()

@@ -1,0 +1,82 @@
+"""Every command and every code block of these pages runs, in their order and in one folder."""
+
+import doctest
+import importlib
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from molf.cli import main
+from molf.cli.compare import _options as compare_options
+
+ROOT = Path(__file__).parents[2]
+PAGES = ("quickstart", "tuning", "memory", "report", "troubleshooting", "compare", "method", "api")
+SHORTER = {"train": "--max_examples 8 --max_steps 2 --use_cpu true --gradient_checkpointing false".split()}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Where the commands run: pages go on from what those before left."""
+    folder = tmp_path_factory.mktemp("docs")
+    (folder / "src").symlink_to(ROOT / "src")
+    return folder
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_code_blocks(name: str, folder: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(folder)
+    names: dict = {}
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / "docs" / f"{name}.md").read_text(), re.DOTALL | re.MULTILINE)
+    for language, block in blocks:
+        if language == "python":
+            exec(block, names)
+        elif language == "yaml":
+            Path("page.yaml").write_text(block)
+            compare_options(["--config", "page.yaml"])
+        elif language == "bash":
+            for command in block.splitlines():
+                program, *words = command.split()
+                assert program == "molf"
+                assert main([*words, *SHORTER.get(words[0], [])]) == 0, capsys.readouterr().err
+        else:
+            assert language == "text", "a block that no test runs"
+    if name == "tuning":
+        assert "warning: lora_r8: lora_lr 0.01 x scale 11.31" in capsys.readouterr().out
+
+
+def test_what_the_pages_made(folder: Path) -> None:
+    """After the blocks above: their outputs are where the pages say."""
+    if not (folder / "runs").exists():
+        pytest.skip("the pages were not run")
+    made = ("report.html", "molf/model.safetensors", "own/metrics.json", "routed/report.html", "figures/routed-won.png")
+    assert [name for name in made if not (folder / "runs" / name).exists()] == []
+    assert not (folder / "runs" / "dry").exists()
+
+
+def test_links_lead_somewhere() -> None:
+    for name in PAGES:
+        for target, anchor in re.findall(r"\]\(([^)#:]*)(#[^)]*)?\)", (ROOT / "docs" / f"{name}.md").read_text()):
+            path = ROOT / "docs" / target if target else ROOT / "docs" / f"{name}.md"
+            assert path.exists(), f"{name}.md: {target}"
+            if anchor:
+                headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+                assert anchor[1:] in [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings], anchor
+
+
+def test_the_api_page_is_that_of_the_docstrings(monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["api_page.py", "--check"])
+    with pytest.raises(SystemExit) as status:
+        runpy.run_path(str(ROOT / "scripts" / "api_page.py"), run_name="__main__")
+    assert status.value.code == 0, "run scripts/api_page.py"
+
+
+@pytest.mark.parametrize("module", ["optim.config", "optim.factory", "optim.names", "optim.policy", "report.statistics",
+                                    "report.routing_content", "plan.tracker", "cli.eval"])  # fmt: skip
+def test_examples_in_docstrings(module: str) -> None:
+    found = importlib.import_module(f"molf.{module}")
+    names = {"torch": importlib.import_module("torch"), "nn": importlib.import_module("torch.nn")}
+    assert doctest.testmod(found, extraglobs=names).failed == 0
+    assert doctest.testmod(found, extraglobs=names).attempted > 0

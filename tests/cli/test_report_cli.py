@@ -1,0 +1,100 @@
+"""molf report in process: what it writes, what it says of unfinished runs and what it refuses."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from molf.cli import main
+from run_folders import routing_lines, write_run
+
+
+def data_of(page: Path) -> dict:
+    text = page.read_text()
+    return json.loads(re.search(r'<script id="data" type="application/json">(.*?)</script>', text, re.DOTALL)[1])
+
+
+def fails(capsys, *arguments: object) -> str:
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("molf: error:")
+    return lines[0]
+
+
+def test_one_page_of_several_runs(tmp_path, capsys) -> None:
+    runs = [
+        write_run(tmp_path / "all" / "fft", "fft", ranks=()),
+        write_run(tmp_path / "all" / "molf", routing=routing_lines(20)),
+    ]
+    assert main(["report", *map(str, runs), "--png", str(tmp_path / "png")]) == 0
+    page = tmp_path / "all" / "report.html"
+    assert f"written to {page}" in capsys.readouterr().out
+    data = data_of(page)
+    assert [row["run"] for row in data["rows"]] == ["fft", "molf"]
+    assert data["rows"][1] | {"lr": 0.001, "lora_lr": 0.002, "score": 81.25, "speed": 200.0} == data["rows"][1]
+    assert data["runs"][0]["routing"] is None
+    assert data["runs"][1]["routing"]["experts"] == ["dense", "lora_r4"]
+    assert data["runs"][1]["curve"]["seconds"] == [0.5 * step for step in range(1, 21)]
+    differing = {row["key"] for section in data["configuration"] for row in section["rows"] if row["differs"]}
+    assert {"method", "expert_ranks"} <= differing
+    assert "use_rslora" not in differing
+    text = page.read_text()
+    assert text.count("plotly.js v") == 1
+    assert not re.findall(r"""(?:src|href)=["']?(?:https?:)?//""", text.split('<script id="data"')[0])
+    assert {path.name for path in (tmp_path / "png").iterdir()} == {
+        "loss.png", "molf-won.png", "molf-share.png", "molf-specialised.png",
+    }  # fmt: skip
+
+
+def test_text_of_runs_is_escaped(tmp_path) -> None:
+    run = write_run(tmp_path / "<img src=x onerror=alert(1)>", name="</script><b>{{plotly}}")
+    assert main(["report", str(run)]) == 0
+    text = (run / "report.html").read_text()
+    assert "<img src=x" not in text
+    assert "</script><b>" not in text
+    assert text.count("plotly.js v") == 1
+    assert data_of(run / "report.html")["title"] == "<img src=x onerror=alert(1)>"
+
+
+def test_an_unfinished_run_is_shown_as_far_as_it_went(tmp_path, capsys) -> None:
+    run = write_run(tmp_path / "run", routing=routing_lines(15), finished=False, steps=10)
+    with (run / "routing.jsonl").open("a") as log:
+        log.write('{"step": 16, "sco')
+    assert main(["report", str(run), "--output", str(tmp_path / "new" / "page.html")]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == "molf: run is not finished (it has no metrics.json); it is shown up to step 15.\n"
+    assert len(data_of(tmp_path / "new" / "page.html")["runs"][0]["curve"]["loss"]) == 10
+
+
+def test_what_is_refused(tmp_path, capsys) -> None:
+    run = write_run(tmp_path / "all" / "run", routing=routing_lines(3))
+    assert "expected" in fails(capsys, "report") or "required" in fails(capsys, "report")
+    assert "missing is no folder" in fails(capsys, "report", tmp_path / "missing")
+    assert f"has no run.json; the runs in it are {run}" in fails(capsys, "report", tmp_path / "all")
+    assert "is given twice" in fails(capsys, "report", run, run)
+    assert "is a folder: name a file" in fails(capsys, "report", run, "--output", tmp_path)
+    (run / "metrics.json").write_text('{"steps": ')
+    assert "metrics.json is damaged" in fails(capsys, "report", run)
+    (run / "metrics.json").write_text("{}")
+    lines = (run / "routing.jsonl").read_text().splitlines()
+    (run / "routing.jsonl").write_text("\n".join([*lines[:2], '{"step": 2}', lines[3]]) + "\n")
+    assert "routing.jsonl, line 3, is damaged" in fails(capsys, "report", run)
+    (run / "routing.jsonl").write_text("\n".join([*lines[:2], lines[2][:40], lines[3]]) + "\n")
+    assert "routing.jsonl, line 3, is damaged" in fails(capsys, "report", run)
+    (run / "routing.jsonl").write_text("")
+    assert "is no routing log" in fails(capsys, "report", run)
+    (run / "run.json").write_text("[]")
+    assert "holds no mapping" in fails(capsys, "report", run)
+
+
+@pytest.mark.parametrize("entries", [0, 2500])
+def test_no_log_and_a_long_log(tmp_path, entries: int) -> None:
+    run = write_run(tmp_path / "run", steps=max(entries, 1))
+    if not entries:
+        (run / "trainer_state.json").unlink()
+    assert main(["report", str(run)]) == 0
+    curve = data_of(run / "report.html")["runs"][0]["curve"]
+    assert (curve["logged"], len(curve["loss"])) == (entries, min(entries, 1000))

@@ -1,0 +1,121 @@
+"""The memory that is planned is that of real tensors, and nothing is held twice."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from models import ARCHITECTURES, causal_lm
+from molf import MoLFConfig, create_molf_optimizer
+from molf.plan.memory import Workload, _simulate, plan_method
+from molf.plan.text import TOO_FAST, warnings
+from molf.plan.tracker import PeakTracker
+
+
+def test_peak_of_tensors_and_views() -> None:
+    outside = torch.zeros(1000)
+    with PeakTracker() as tracker:
+        _ = outside[:10].t()
+        a = torch.zeros(256)
+        b = a.view(16, 16)
+        (a + 1).sum()
+        del a
+        assert tracker.now == 1024, "the view keeps it"
+        del b
+        assert tracker.now == 0
+    assert tracker.peak == 2 * 1024 + 4
+
+
+def test_loading_a_state_into_itself_holds_it_once() -> None:
+    """accelerate does that when it prepares an optimizer; the state was there twice, the peak of a run."""
+    optimizer = create_molf_optimizer(causal_lm("llama"), MoLFConfig(expert_ranks=(8,)))
+    tensors = [value for state in optimizer.state.values() for value in state.values()]
+    size = sum(value.numel() * value.element_size() for value in tensors)
+    with PeakTracker() as tracker:
+        optimizer.load_state_dict(optimizer.state_dict())
+    assert all(a is b for a, b in zip(tensors, (v for s in optimizer.state.values() for v in s.values()), strict=True))
+    assert tracker.peak < size / 4
+
+
+def small_workload(**change: Any) -> Workload:
+    model = LlamaConfig(**{**ARCHITECTURES["llama"][1], "tie_word_embeddings": False})
+    return replace(Workload(model, torch.float32, 4, 16), **change)
+
+
+def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kinds_are_those_of_the_real_optimizer(dtype: torch.dtype) -> None:
+    config = MoLFConfig(expert_ranks=(4, 8))
+    work = small_workload(dtype=dtype)
+    plan = plan_method("molf", config, work)
+    model = LlamaForCausalLM(work.model).to(dtype)
+    optimizer = create_molf_optimizer(model, config)
+    found = plan.memory()
+    state = [(key, value) for each in optimizer.state.values() for key, value in each.items() if key != "step"]
+    assert found["weights"] == found["gradients"] == bytes_of(model.parameters())
+    assert found["masters"] == bytes_of(value for key, value in state if key == "base")
+    assert found["experts"] == bytes_of(value for key, value in state if key.startswith("lora_"))
+    assert found["moments"] == bytes_of(value for key, value in state if key.startswith("exp_avg"))
+
+
+def test_the_simulated_step_is_the_real_one() -> None:
+    """The same operations on real tensors hold the same, but for a few bytes of scalars."""
+    work = small_workload()
+    torch.manual_seed(0)
+    real = LlamaForCausalLM(work.model).train()
+    for checkpointing in (False, True):
+        real.zero_grad()
+        simulated = plan_method("fft", MoLFConfig(expert_ranks=()), replace(work, checkpointing=checkpointing)).peak
+        assert simulated == pytest.approx(_simulate(real, real, replace(work, checkpointing=checkpointing)), rel=0.05)
+
+
+def test_shards_and_copies() -> None:
+    """FSDP2 deals rows of all but A and its moments; DDP keeps all and the gradients twice."""
+    plan = plan_method("molf", MoLFConfig(expert_ranks=(4,)), small_workload())
+    one, ddp, fsdp = plan.memory(), plan.memory(2), plan.memory(2, sharded=True)
+    assert ddp == {**one, "communication": one["gradients"]}
+    virtual = [tensor for tensor in plan.held if tensor.kind == "experts"]
+    whole = [tensor for tensor in virtual if not tensor.sharded]
+    assert {tensor.shape[0] for tensor in whole} == {4}
+    assert len(whole) == len(virtual) / 2
+    assert fsdp["experts"] == sum(t.bytes for t in whole) + sum(t.bytes for t in virtual if t.sharded) // 2
+    assert fsdp["masters"] == one["masters"] / 2
+    assert plan.memory(1, sharded=True) == one
+
+
+def test_accumulation_keeps_gradients_beside_activations() -> None:
+    config = MoLFConfig(expert_ranks=())
+    once = plan_method("fft", config, small_workload())
+    twice = plan_method("fft", config, small_workload(accumulation=4))
+    gradients = once.memory()["gradients"]
+    assert once.peak < twice.peak <= once.peak + gradients
+
+
+def test_warnings_that_matter() -> None:
+    def said(name: str, config: MoLFConfig, **change: Any) -> str:
+        work = small_workload(**change)
+        return " ".join(warnings(plan_method(name, config, work), config, work))
+
+    tied = LlamaConfig(**{**ARCHITECTURES["llama"][1], "tie_word_embeddings": True})
+    assert "head is tied to model.embed_tokens.weight" in said("molf", MoLFConfig(expert_ranks=(4,)), model=tied)
+    assert said("molf", MoLFConfig(expert_ranks=(4,), train_other=False), model=tied) == ""
+    assert "lora_lr 0.02 x scale 5 = 0.1" in said("molf", MoLFConfig(expert_ranks=(4,), lora_lr=0.02, lora_alpha=10))
+    assert said("molf", MoLFConfig(expert_ranks=(4,))) == ""
+    assert "no fp32 master" in said("fft", MoLFConfig(expert_ranks=()), dtype=torch.bfloat16)
+    assert said("molf", MoLFConfig(expert_ranks=(4,)), dtype=torch.bfloat16) == ""
+
+
+def test_the_threshold_of_the_warning_is_that_of_the_measured_runs() -> None:
+    runs = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "lr_scale.json").read_text())["runs"]
+    last = {(r["model"], r["method"], r["scale"], r["lora_lr"]): r["losses"][-1] for r in runs}
+    above = [key for key in last if key[2] * key[3] >= TOO_FAST]
+    assert len(above) == 20
+    assert all(last[key] >= 2.5 * last[(*key[:2], 2, 3e-3)] for key in above)
