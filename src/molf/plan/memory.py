@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..optim import MoLFConfig, create_molf_optimizer
+from ..optim.passes import BLOCK
 from ..train.methods import METHODS, adapter_config
 from .tracker import PeakTracker
 
@@ -22,7 +23,7 @@ KINDS = ("weights", "masters", "experts", "gradients", "moments", "activations",
 HEAD_CHUNK = 32768
 """Columns of the logits that TRL's loss holds at a time."""
 STEP_TENSORS = 3
-"""Tensors of the size of the largest trained one that MoLF's step holds beside the state: root, term, update."""
+"""Tensors that a pass of MoLF's step holds beside the state, of the size of a block or of one matrix of an expert."""
 
 
 @dataclass(frozen=True)
@@ -153,14 +154,14 @@ def plan_method(name: str, config: MoLFConfig, work: Workload) -> Plan:
         held = [*_of_model(model), *(_of_optimizer(optimizer) if optimizer else _of_adamw(model))]
         peak = _simulate(model, base, work)
     sizes = [tensor.bytes for tensor in held if tensor.kind == "moments"]
-    temporaries = STEP_TENSORS if spec.routes else 0 if work.fused else 2
+    temporaries = _of_step(optimizer) if optimizer else (0 if work.fused else 2) * max(sizes, default=0)
     return Plan(
         name,
         tuple(config.expert_ranks),
         held,
         rows,
         peak,
-        temporaries * max(sizes, default=0),
+        temporaries,
         _largest_block(base),
         base.get_output_embeddings() is not None
         and base.get_output_embeddings().weight is base.get_input_embeddings().weight,
@@ -201,6 +202,18 @@ def _of_optimizer(optimizer: Any) -> Iterator[Held]:
                 if key != "step":
                     kind = "masters" if key == "base" else "experts" if key.startswith("lora_") else "moments"
                     yield Held(kind, name, tuple(value.shape), _size(value), not key.startswith("lora_A"))
+
+
+def _of_step(optimizer: Any) -> int:
+    """Bytes that a step needs beside the state: gradients of experts that are no parameters, and a pass's tensors."""
+    pairs = [optimizer._pair(module) for module in optimizer.modules] if optimizer.config.expert_ranks else []
+    computed = [  # both of virtual experts; a real adapter's B alone, scaled
+        matrix.exp_avg
+        for module, pair in zip(optimizer.modules, pairs, strict=False)
+        for matrix in (pair if module.lora_A is None else pair[1:])
+    ]
+    sizes = [_size(tensor) for tensor in computed]
+    return sum(sizes) + STEP_TENSORS * max([4 * BLOCK, *sizes])
 
 
 def _of_adamw(model: nn.Module) -> Iterator[Held]:

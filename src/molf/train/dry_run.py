@@ -100,7 +100,7 @@ def _two_steps(method: MethodArguments, args: TrainArguments) -> tuple[float, _I
     method = copy.deepcopy(method)
     method.eval_at_end = False
     args.max_steps, args.save_strategy, args.disable_tqdm = 2, "no", True
-    args.report_to = []  # type: ignore[assignment]  # what "none" has become
+    args.report_to = []  # what "none" has become
     args.resume_from_checkpoint = None
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         args.output_dir = folder
