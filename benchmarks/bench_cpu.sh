@@ -25,4 +25,5 @@ bench step experts_cpu --preset cpu-small --baseline 'molf-lora:expert_ranks=[64
     'molf-lora:expert_ranks=[8,8,8,8,8,8,8,8]'
 bench train train_cpu --preset cpu-small --contenders fft $forced molf-superposed lora lora-2 molf-e
 bench train train_cpu_accumulation --preset cpu-small --accumulation 4 --contenders fft $forced lora molf-e
+bench step low_memory_cpu --preset cpu-small --contenders fft molf molf:keep_base=False molf:moments_8bit=True
 bench memory memory_cpu --preset cpu-small --rounds 1

@@ -154,14 +154,12 @@ class MoLFAdamW(MoLFState):
         """
         self._coefficients.clear()
         self._pairs.clear()
-        pairs = [self._pair_gradients(module) for module in active] if self.config.expert_ranks else []
-        check = self._check_gradients(active, others, pairs)
         steps = [self.state[self._parameter(slot)]["step"] for module in active for slot in module.slots]
         steps += [self.state[each.parameter]["step"] for each in others]
         if not steps:
             return
         counts = dict(zip(map(id, steps), (torch.stack(steps) + 1).tolist(), strict=True))
-        winners = self._route(active, pairs, check, counts)
+        check, winners = self._route(active, others, counts)
         torch._foreach_add_(steps, 1)
         # without a W in the state, one is made for each module while it is updated, and not for all at once
         at_once = len(active) if self.config.keep_base else 1
@@ -170,22 +168,20 @@ class MoLFAdamW(MoLFState):
         self._step_others(others, check, counts)
 
     def _route(
-        self,
-        active: Sequence[RoutedModule],
-        pairs: Sequence[tuple[Tensor, Tensor]],
-        check: GradientCheck,
-        counts: Mapping[int, float],
-    ) -> list[list[int]]:
+        self, active: Sequence[RoutedModule], others: Sequence[Unrouted], counts: Mapping[int, float]
+    ) -> tuple[GradientCheck, list[list[int]]]:
         """Moments, scores and the winners of every module; nothing has changed if a gradient is not finite."""
+        pairs = [self._pair_gradients(module) for module in active] if self.config.expert_ranks else []
+        check = self._check_gradients(active, others, pairs)
         if not active:
             check.raise_if_broken(check.gate is None or bool(check.gate))
-            return []
+            return check, []
         scores = self._scores(active, self._track(active, pairs, check))
         names = tuple(module.name for module in active)
         decision = decide(names, scores, self.config.top_k, self._priorities(active, scores, counts), check.gate)
         check.raise_if_broken(decision.finite)
         self.decisions.append(decision)
-        return decision.winners
+        return check, decision.winners
 
     def _track(
         self, active: Sequence[RoutedModule], pairs: Sequence[tuple[Tensor, Tensor]], check: GradientCheck
