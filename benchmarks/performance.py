@@ -299,9 +299,9 @@ def low_memory() -> str:
         speed = times(steps, labels[mode], "molf", 2) if mode in labels else "-"
         rows.append([f"`{mode}`", f"{mean(run['bytes_per_weight'] for run in runs):.1f}", speed, *cells])
     note = (
-        "\nstories3M, 500 CounterFact facts, 8 epochs, r 64, mean ± sd of seeds 0, 1; losses in nats per token over the last "
-        f"15 steps. One CPU thread, torch {data['versions']['torch']}. Bytes are of a routed weight with its gradient, "
-        "moments and master at the end of the run; experts are not counted. The step is that of `cpu-small`, fp32."
+        "\nstories3M, 500 CounterFact facts, 8 epochs, r 64, mean ± sd of seeds 0, 1; losses in nats per token over "
+        f"the last 15 steps. One CPU thread, torch {data['versions']['torch']}. Bytes are of a routed weight with its "
+        "gradient, moments and master at the end of the run, without experts. The step is that of `cpu-small`, fp32."
     )
     return table(head, rows) + "\n" + note
 
