@@ -24,7 +24,7 @@ def zeros(like: Tensor, *, signed: bool) -> Tensor:
     return OptimState8bit.zeros(like.shape, signed=signed, block_size=BLOCK, device=like.device)
 
 
-def is_quantized(tensor: Tensor) -> bool:
+def is_quantized(tensor: Tensor | None) -> bool:
     """Whether it is such a tensor."""
     return type(tensor).__name__ == "OptimState8bit"
 

@@ -102,7 +102,8 @@ def train(method: MethodArguments, args: TrainArguments) -> dict[str, Any]:
 
 def _resolved(method: MethodArguments, config: MoLFConfig, args: TrainArguments) -> dict[str, Any]:
     found = versions(*PACKAGES[method.quantization])
-    return {"method": asdict(method), "molf": asdict(config), "training": args.to_dict(), "versions": found}
+    training = {**args.to_dict(), "eos_token": args.eos_token}  # which transformers takes for a secret
+    return {"method": asdict(method), "molf": asdict(config), "training": training, "versions": found}
 
 
 class _Trainer(FiniteSteps, WholeCheckpoints, SFTTrainer):
