@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from huggingface_hub.errors import HTTPError
 from safetensors.torch import load_file
 from test_resume import assert_identical
 
@@ -319,3 +320,24 @@ def test_no_memory_is_one_line(tmp_path, facts, capsys, monkeypatch) -> None:
     monkeypatch.setattr(molf.cli.train, "train", failing(RuntimeError("a defect")))
     with pytest.raises(RuntimeError, match="a defect"):
         main(command(facts, tmp_path / "run"))
+
+
+def test_a_file_in_the_place_of_a_folder_is_named(tmp_path, capsys, facts) -> None:
+    """It was "File exists", or "Not a directory", of no option."""
+    (tmp_path / "taken").write_text("mine")
+    for out in (tmp_path / "taken", tmp_path / "taken" / "run"):
+        assert fails(capsys, command(facts, out)).endswith(
+            f"output_dir={out}: {tmp_path / 'taken'} is a file; choose another folder"
+        )
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path, capsys, facts, monkeypatch) -> None:
+    """--push_to_hub asks it when the trainer is made; that was a traceback."""
+
+    def unreachable(self: Any, *_: Any, **__: Any) -> None:
+        raise HTTPError("[Errno -2] Name or service not known")
+
+    monkeypatch.setattr(transformers.Trainer, "init_hf_repo", unreachable)
+    error = fails(capsys, command(facts, tmp_path / "run", "--push_to_hub", "true"))
+    assert "the trainer cannot be made: [Errno -2] Name or service not known" in error

@@ -35,6 +35,9 @@ def replacing(target: Path) -> Iterator[Path]:
     target = target.resolve()
     if target.exists() and not (target / RECORD).is_file():
         raise ValueError(f"output_dir={target} is there and no export of molf: choose another folder")
+    file = next((path for path in target.parents if path.exists() and not path.is_dir()), None)
+    if file is not None:
+        raise ValueError(f"output_dir={target}: {file} is a file; choose another folder")
     target.parent.mkdir(parents=True, exist_ok=True)
     stage = target.with_name(f".{target.name}.part")
     lock = _lock(stage)

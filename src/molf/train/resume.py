@@ -66,6 +66,9 @@ def find_checkpoint(wanted: str | None, output_dir: str, resolved: dict[str, Any
             settings, or a new run would mix with what ``output_dir`` holds. Nothing has been written then.
     """
     out = Path(output_dir)
+    file = next((path for path in (out, *out.parents) if path.exists() and not path.is_dir()), None)
+    if file is not None:
+        raise ValueError(f"output_dir={output_dir}: {file} is a file; choose another folder")
     auto = str(wanted).lower() == "auto"
     found = last_checkpoint(out) if auto or str(wanted).lower() in ("true", "last") else wanted
     if starts_anew(found):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of whichever client it uses
 from transformers import set_seed
 from trl import SFTTrainer
 
@@ -117,7 +118,7 @@ class _AdaLoraTrainer(FiniteSteps, WholeCheckpoints, AdaLoraTrainer):
 def _make_trainer(method: str, **arguments: Any) -> Any:
     try:
         trainer: Any = (_AdaLoraTrainer if method == "adalora" else _Trainer)(**arguments)
-    except (RuntimeError, ImportError) as error:  # such as a logger of report_to that is not installed
+    except (RuntimeError, ImportError, HTTPError) as error:  # such as a logger that is not installed, or push_to_hub
         raise ValueError(f"the trainer cannot be made: {error}") from error
     keep_adapters_in_fp32(trainer.model)
     trainer.on_nonfinite, trainer.nonfinite_limit = trainer.args.on_nonfinite, trainer.args.nonfinite_limit
