@@ -31,7 +31,7 @@ from .checkpoints import WholeCheckpoints, writing
 from .data import fit_examples, load_data
 from .files import sync, write_json
 from .load import hub_commit, load_model, load_tokenizer, naming, versions
-from .methods import METHODS, Adapted
+from .methods import METHODS, Adapted, Method
 from .nonfinite import FiniteSteps, skipped_steps
 from .quantize import PACKAGES, keep_adapters_in_fp32, quantized
 from .resume import find_checkpoint, finished, is_over
@@ -52,10 +52,7 @@ def train(method: MethodArguments, args: TrainArguments) -> dict[str, Any]:
     method.check_training(args)
     config = method.molf_config(args)
     spec = METHODS[method.method]
-    if spec.routes:
-        args.max_grad_norm = 0.0  # the optimizer clips, because only it knows the virtual gradients
-    elif spec.adapter:
-        args.learning_rate, args.weight_decay = config.lora_lr, config.lora_weight_decay
+    _take_over(args, spec, config)
     resolved = _resolved(method, config, args)
     if (ended := finished(args.resume_from_checkpoint, str(args.output_dir), resolved)) is not None:
         return ended
@@ -99,6 +96,14 @@ def train(method: MethodArguments, args: TrainArguments) -> dict[str, Any]:
             metrics |= {part: found} if part else found
     write_json(out / "metrics.json", metrics)
     return metrics
+
+
+def _take_over(args: TrainArguments, spec: Method, config: MoLFConfig) -> None:
+    """Set the Trainer's arguments that the method decides."""
+    if spec.routes:
+        args.max_grad_norm = 0.0  # the optimizer clips, because only it knows the virtual gradients
+    elif spec.adapter:
+        args.learning_rate, args.weight_decay = config.lora_lr, config.lora_weight_decay
 
 
 def _resolved(method: MethodArguments, config: MoLFConfig, args: TrainArguments) -> dict[str, Any]:
