@@ -20,14 +20,14 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-from trl import DPOConfig
+from trl import DPOConfig, GRPOConfig
 
 from molf import MoLFConfig, MoLFOptimizerFactory, molf_lora_config
 from molf.assets import BUNDLED_MODEL
 from molf.train.checkpoints import WholeCheckpoints
 from molf.train.nonfinite import FiniteSteps
 from molf.train.resume import last_checkpoint
-from molf.train.trainers import MoLFDPOTrainer
+from molf.train.trainers import MoLFDPOTrainer, MoLFGRPOTrainer
 
 CONFIGS = {
     "molf": MoLFConfig(expert_ranks=(2, 4), lr=1e-3, lora_lr=2e-3, max_grad_norm=1.0),
@@ -155,6 +155,43 @@ def test_a_skipped_step_of_a_dpo_trainer_changes_nothing(tmp_path: Path, name: s
     assert all(torch.equal(value, weights[2][key]) for key, value in weights[1].items())
     assert any(not torch.equal(value, weights[3][key]) for key, value in weights[2].items())
     assert dpo.optimizer.optimizer.steps_taken == 3
+
+
+class SafeGRPOTrainer(FiniteSteps, WholeCheckpoints, MoLFGRPOTrainer):
+    """All mixins at once, with completions that are drawn and a reference."""
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_grpo_trainer_with_all_mixins_continues_bit_for_bit(tmp_path: Path, name: str) -> None:
+    config = replace(CONFIGS[name], lora_dropout=0.0)
+
+    def grpo_trainer(folder: Path, seed: int) -> SafeGRPOTrainer:
+        torch.manual_seed(seed)
+        args = GRPOConfig(
+            str(folder), max_steps=4, save_steps=2, per_device_train_batch_size=4, gradient_accumulation_steps=2,
+            max_grad_norm=0.0, use_cpu=True, bf16=True, report_to="none", disable_tqdm=True, num_generations=4,
+            max_completion_length=6, temperature=3.0, beta=0.1, logging_steps=1, dataloader_pin_memory=False,
+            activation_checkpointing=False,
+        )  # fmt: skip
+        return SafeGRPOTrainer(
+            AutoModelForCausalLM.from_pretrained(BUNDLED_MODEL),
+            reward_funcs=lambda completion_ids, **_: [
+                sum(t % 2 == 0 for t in ids) / len(ids) for ids in completion_ids
+            ],
+            args=args,
+            train_dataset=Dataset.from_list([{"prompt": "Ada Alder plays the"}, {"prompt": "Leo Lark speaks"}] * 8),
+            processing_class=AutoTokenizer.from_pretrained(BUNDLED_MODEL),
+            peft_config=molf_lora_config(config, task_type="CAUSAL_LM") if name == "molf-e" else None,
+            molf_config=config,
+        )
+
+    full = grpo_trainer(tmp_path / "full", seed=1)
+    full.train()
+    shutil.copytree(tmp_path / "full" / "checkpoint-2", tmp_path / "again" / "checkpoint-2")
+    again = grpo_trainer(tmp_path / "again", seed=2)
+    again.train(resume_from_checkpoint=True)
+    assert_identical(outcome(full), outcome(again))
+    assert max(entry.get("kl", 0) for entry in full.state.log_history) > 0
 
 
 def test_an_adapter_of_another_name_continues(tmp_path: Path) -> None:
