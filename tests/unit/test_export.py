@@ -310,3 +310,22 @@ def test_rounding_is_within_its_tolerance(tmp_path, dtype: str) -> None:
         model.to(getattr(torch, dtype)).float()
         rounded = difference(before, [model(input_ids=ids).logits[0]]).max_abs
     assert limit / 100 < rounded < limit / 2
+
+
+@pytest.mark.parametrize(
+    ("method", "config", "to"),
+    [("molf-e", EXPERTS, "adapter"), ("molf-e", EXPERTS, "experts"), ("molf", MOLF, "delta")],
+)
+def test_every_adapter_names_its_base_and_the_commit_that_was_trained_on(tmp_path, method, config, to: str) -> None:
+    """Also where the base has moved; without the commit it would load on the hub's main branch of today."""
+    run = make_run(tmp_path / "run", make_base(tmp_path / "old", "llama"), method, config)
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**record, "model_commit": "0123abc"}))
+    base = (tmp_path / "old").rename(tmp_path / "new")
+    options = ExportOptions(to=to, rank=4 if to == "delta" else None)
+    export(run, tmp_path / "out", options, base=str(base))
+    folders = [path.parent for path in (tmp_path / "out").rglob("adapter_config.json")]
+    assert len(folders) == (2 if to == "experts" else 1)
+    for folder in folders:
+        found = json.loads((folder / "adapter_config.json").read_text())
+        assert (found["base_model_name_or_path"], found["revision"]) == (str(base), "0123abc")
