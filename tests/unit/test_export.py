@@ -286,6 +286,22 @@ def test_an_export_that_says_something_else_is_an_error(tmp_path, monkeypatch) -
     assert "as asked for" in (out / "README.md").read_text()
 
 
+def test_a_delta_whose_files_say_something_else_is_an_error(tmp_path, monkeypatch) -> None:
+    """The loaded adapter is 1 % off in one B: still nearer to the trained model than the base, and refused."""
+    run = make_run(tmp_path / "run", make_base(tmp_path / "base", "llama"), "molf", MOLF)
+    reload = molf.export.make.verify.reload
+
+    def wrong(*arguments: Any) -> Any:
+        model = reload(*arguments)
+        next(p for name, p in model.named_parameters() if "0.mlp.up_proj.lora_B" in name).data.mul_(1.01)
+        return model
+
+    monkeypatch.setattr(molf.export.make.verify, "reload", wrong)
+    with pytest.raises(ValueError, match="the export differs from the model of rank 16 that it was made from"):
+        made(run, tmp_path / "out", "delta", rank=16)
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_difference_is_what_it_says() -> None:
     one = [torch.randn(5, 11), torch.randn(3, 11)]
     other = [x + 0.1 * torch.randn_like(x) for x in one]
