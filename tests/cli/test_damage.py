@@ -7,7 +7,6 @@ import json
 import os
 import pickle
 import shutil
-import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from huggingface_hub.errors import HTTPError
 from safetensors.torch import load_file
 from test_resume import assert_identical
 
@@ -225,10 +225,13 @@ def test_auto_starts_continues_and_ends(tmp_path, trained, facts, capsys) -> Non
 
 
 def test_a_run_that_was_started_again_has_no_result_until_it_ends(tmp_path, trained, facts, monkeypatch) -> None:
+    def interrupted(*arguments: Any) -> None:  # no signal: a shell's background jobs ignore SIGINT
+        raise KeyboardInterrupt
+
     out = tmp_path / "run"
     shutil.copytree(trained("molf"), out)
     with monkeypatch.context() as patched:
-        patched.setattr(molf.train.run, "_save", lambda *arguments: signal.raise_signal(signal.SIGINT))
+        patched.setattr(molf.train.run, "_save", interrupted)
         assert main(command(facts, out, "--resume_from_checkpoint", str(out / "checkpoint-1"))) == 130
     assert not (out / "metrics.json").exists()
     assert main(command(facts, out, "--resume_from_checkpoint", "auto")) == 0
@@ -319,3 +322,24 @@ def test_no_memory_is_one_line(tmp_path, facts, capsys, monkeypatch) -> None:
     monkeypatch.setattr(molf.cli.train, "train", failing(RuntimeError("a defect")))
     with pytest.raises(RuntimeError, match="a defect"):
         main(command(facts, tmp_path / "run"))
+
+
+def test_a_file_in_the_place_of_a_folder_is_named(tmp_path, capsys, facts) -> None:
+    """It was "File exists", or "Not a directory", of no option."""
+    (tmp_path / "taken").write_text("mine")
+    for out in (tmp_path / "taken", tmp_path / "taken" / "run"):
+        assert fails(capsys, command(facts, out)).endswith(
+            f"output_dir={out}: {tmp_path / 'taken'} is a file; choose another folder"
+        )
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path, capsys, facts, monkeypatch) -> None:
+    """--push_to_hub asks it when the trainer is made; that was a traceback."""
+
+    def unreachable(self: Any, *_: Any, **__: Any) -> None:
+        raise HTTPError("[Errno -2] Name or service not known")
+
+    monkeypatch.setattr(transformers.Trainer, "init_hf_repo", unreachable)
+    error = fails(capsys, command(facts, tmp_path / "run", "--push_to_hub", "true"))
+    assert "the trainer cannot be made: [Errno -2] Name or service not known" in error

@@ -286,6 +286,22 @@ def test_an_export_that_says_something_else_is_an_error(tmp_path, monkeypatch) -
     assert "as asked for" in (out / "README.md").read_text()
 
 
+def test_a_delta_whose_files_say_something_else_is_an_error(tmp_path, monkeypatch) -> None:
+    """The loaded adapter is 1 % off in one B: still nearer to the trained model than the base, and refused."""
+    run = make_run(tmp_path / "run", make_base(tmp_path / "base", "llama"), "molf", MOLF)
+    reload = molf.export.make.verify.reload
+
+    def wrong(*arguments: Any) -> Any:
+        model = reload(*arguments)
+        next(p for name, p in model.named_parameters() if "0.mlp.up_proj.lora_B" in name).data.mul_(1.01)
+        return model
+
+    monkeypatch.setattr(molf.export.make.verify, "reload", wrong)
+    with pytest.raises(ValueError, match="the export differs from the model of rank 16 that it was made from"):
+        made(run, tmp_path / "out", "delta", rank=16)
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_difference_is_what_it_says() -> None:
     one = [torch.randn(5, 11), torch.randn(3, 11)]
     other = [x + 0.1 * torch.randn_like(x) for x in one]
@@ -310,3 +326,22 @@ def test_rounding_is_within_its_tolerance(tmp_path, dtype: str) -> None:
         model.to(getattr(torch, dtype)).float()
         rounded = difference(before, [model(input_ids=ids).logits[0]]).max_abs
     assert limit / 100 < rounded < limit / 2
+
+
+@pytest.mark.parametrize(
+    ("method", "config", "to"),
+    [("molf-e", EXPERTS, "adapter"), ("molf-e", EXPERTS, "experts"), ("molf", MOLF, "delta")],
+)
+def test_every_adapter_names_its_base_and_the_commit_that_was_trained_on(tmp_path, method, config, to: str) -> None:
+    """Also where the base has moved; without the commit it would load on the hub's main branch of today."""
+    run = make_run(tmp_path / "run", make_base(tmp_path / "old", "llama"), method, config)
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**record, "model_commit": "0123abc"}))
+    base = (tmp_path / "old").rename(tmp_path / "new")
+    options = ExportOptions(to=to, rank=4 if to == "delta" else None)
+    export(run, tmp_path / "out", options, base=str(base))
+    folders = [path.parent for path in (tmp_path / "out").rglob("adapter_config.json")]
+    assert len(folders) == (2 if to == "experts" else 1)
+    for folder in folders:
+        found = json.loads((folder / "adapter_config.json").read_text())
+        assert (found["base_model_name_or_path"], found["revision"]) == (str(base), "0123abc")

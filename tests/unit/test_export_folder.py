@@ -125,3 +125,10 @@ def test_strange_folders_and_a_second_process(tmp_path, monkeypatch) -> None:
         write(target, "newer")
     assert (target / "weights").read_text() == "new"
     write(tmp_path / "first", "new")  # needs no exchange
+
+
+def test_a_file_in_the_place_of_a_folder_is_named(tmp_path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match=r"output_dir=.*/file/export: .*/file is a file; choose another folder"):
+        write(tmp_path / "file" / "export", "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -127,7 +127,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--accumulation", type=_count, default=1, help="forward and backward passes per step")
     add("--gradient_checkpointing", action="store_true", help="compute activations again in the backward pass")
     add("--seed", type=int, default=0, help="of weights, tokens and gradients")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.out.is_dir():
+        raise ValueError(f"--out {options.out} is a folder: name a file")
+    return options
 
 
 def _count(text: str) -> int:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from ..train.files import sync
+
 RECORD = "export.json"
 """What every export holds, and what tells one from any other folder."""
 
@@ -35,6 +37,9 @@ def replacing(target: Path) -> Iterator[Path]:
     target = target.resolve()
     if target.exists() and not (target / RECORD).is_file():
         raise ValueError(f"output_dir={target} is there and no export of molf: choose another folder")
+    file = next((path for path in target.parents if path.exists() and not path.is_dir()), None)
+    if file is not None:
+        raise ValueError(f"output_dir={target}: {file} is a file; choose another folder")
     target.parent.mkdir(parents=True, exist_ok=True)
     stage = target.with_name(f".{target.name}.part")
     lock = _lock(stage)
@@ -48,7 +53,7 @@ def replacing(target: Path) -> Iterator[Path]:
             _exchange(stage, target)
         else:
             stage.rename(target)
-        _sync_one(target.parent)
+        sync(target.parent)
     except SafetensorError as error:  # such as a full disk; whoever reads a file names it himself
         raise OSError(f"{target} cannot be written: {error}") from error
     finally:
@@ -109,12 +114,4 @@ def _exchange(one: Path, other: Path) -> None:
 def _sync(folder: Path) -> None:
     """Wait until the folder and all that is in it are on the disk."""
     for path in (*folder.rglob("*"), folder):
-        _sync_one(path)
-
-
-def _sync_one(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(path)

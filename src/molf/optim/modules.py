@@ -174,7 +174,7 @@ def _adapter_target(name: str, layer: Any, config: MoLFConfig) -> Target:
     if config.lora_dropout not in (0.0, dropout):
         raise ValueError(
             f"lora_dropout={config.lora_dropout}, but the adapter of {name} has {dropout}: make it with "
-            "molf_lora_config(config)"
+            "molf_lora_config(config), and set disable_dropout=False where TRL's arguments have it"
         )
     A, B = layer.lora_A[key].weight, layer.lora_B[key].weight
     total = sum(config.expert_ranks)

@@ -10,13 +10,16 @@ BLOCK = 256
 
 
 def zeros(like: Tensor, *, signed: bool) -> Tensor:
-    """Zero moments of a tensor's shape: 8 bits and a shared fp32 scale per 256 elements; fp32 where that does not fit.
+    """Zero moments of a tensor's shape: 8 bits and a shared fp32 scale per 256 elements.
+
+    In full precision where that does not fit, and for float64, which 8 bits would make pointless.
 
     Raises:
         ValueError: If torchao is not installed.
     """
-    if like.numel() % BLOCK or like.numel() < 4096:  # as torchao's own optimizers decide
-        return torch.zeros_like(like, dtype=torch.float32, memory_format=torch.contiguous_format)
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    if dtype != torch.float32 or like.numel() % BLOCK or like.numel() < 4096:  # as torchao's own optimizers decide
+        return torch.zeros_like(like, dtype=dtype, memory_format=torch.contiguous_format)
     try:
         from torchao.optim.subclass_8bit import OptimState8bit
     except ImportError as error:
@@ -24,7 +27,7 @@ def zeros(like: Tensor, *, signed: bool) -> Tensor:
     return OptimState8bit.zeros(like.shape, signed=signed, block_size=BLOCK, device=like.device)
 
 
-def is_quantized(tensor: Tensor) -> bool:
+def is_quantized(tensor: Tensor | None) -> bool:
     """Whether it is such a tensor."""
     return type(tensor).__name__ == "OptimState8bit"
 

@@ -16,6 +16,10 @@ from .nonfinite import ON_NONFINITE
 from .quantize import PACKAGES
 from .resume import starts_anew
 
+_COMPILE: dict[str, bool | str] = {"auto": "auto", "true": True, "false": False}
+_IN_BACKWARD = {"gradient_accumulation_steps": 1, "max_grad_norm": 0, "fp16": False, "on_nonfinite": "stop"}
+"""With step_in_backward: a step is made before another batch, all gradients or a loss scaler are there."""
+
 
 def _help(text: str, default: Any = None) -> Any:
     return field(default=default, metadata={"help": text})
@@ -83,6 +87,14 @@ class MethodArguments:
     train_other: bool | None = _help(
         "Train what is not routed; default no for molf-e, else yes. molf-e then saves a whole model, no adapter."
     )
+    compile: str = _help("Compile the optimizer's elementwise passes: true, false, or auto where it pays.", "auto")
+    keep_base: bool = _help("Keep W beside the weight P; false computes it, and rounds bf16 stochastically.", True)
+    moments_8bit: bool = _help("Keep the moments of all but the LoRA experts in 8 bits (torchao).", False)
+    step_in_backward: bool = _help(
+        "Step every layer in the backward pass and free its gradient; needs gradient_accumulation_steps 1 and "
+        "max_grad_norm 0.",
+        False,
+    )
 
     dry_run: bool = _help(
         "Make one step, print its peak memory next to the estimate of molf plan, and save nothing.", False
@@ -111,6 +123,8 @@ class MethodArguments:
                 )
         if self.long_prompts not in LONG_PROMPTS:
             raise ValueError(f"long_prompts={self.long_prompts!r}: choose one of {', '.join(LONG_PROMPTS)}")
+        if self.compile.lower() not in _COMPILE:
+            raise ValueError(f"compile={self.compile!r}: choose one of {', '.join(_COMPILE)}")
         if self.dtype not in ("float32", "bfloat16", "auto"):
             raise ValueError(f"dtype={self.dtype!r}: choose float32, bfloat16 or auto")
         if self.quantization not in PACKAGES:
@@ -130,7 +144,10 @@ class MethodArguments:
 
     def _refuse_unused(self) -> None:
         """An option that the method would ignore is an error, not a surprise."""
-        unused = (*METHODS[self.method].unused, *(() if self.method == "random" else ("random_shares",)))
+        spec = METHODS[self.method]
+        unused = (*spec.unused, *(() if self.method == "random" else ("random_shares",)))
+        if spec.routes and spec.adapter and not self.train_other:
+            unused += ("keep_base", "moments_8bit")  # an adapter has no W beside it, and its moments are small
         for option in fields(self):
             default = option.default_factory() if option.default_factory is not MISSING else option.default
             value = getattr(self, option.name)
@@ -159,6 +176,12 @@ class MethodArguments:
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
             if getattr(args, name) < 1:
                 raise ValueError(f"{name}={getattr(args, name)}: must be at least 1")
+        for name, value in _IN_BACKWARD.items() if self.step_in_backward else ():
+            if getattr(args, name) != value:
+                raise ValueError(
+                    f"{name}={getattr(args, name)}: with step_in_backward every layer is updated before all gradients "
+                    f"are there; set it to {value}, or leave step_in_backward out"
+                )
         if args.on_nonfinite not in ON_NONFINITE:
             raise ValueError(f"on_nonfinite={args.on_nonfinite!r}: choose one of {', '.join(ON_NONFINITE)}")
         if args.nonfinite_limit < 1:
@@ -193,6 +216,10 @@ class MethodArguments:
             max_grad_norm=args.max_grad_norm or None,
             lora_dropout=self.lora_dropout,
             train_other=self.train_other,
+            compile=_COMPILE[self.compile.lower()],
+            keep_base=self.keep_base,
+            moments_8bit=self.moments_8bit,
+            step_in_backward=self.step_in_backward,
         )
         return resolve(self.method, config)
 

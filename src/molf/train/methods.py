@@ -18,6 +18,7 @@ from ..optim import MoLFConfig, molf_lora_config
 
 _LORA = ("expert_ranks", "lora_alpha", "use_rslora", "lora_lr", "lora_weight_decay", "lora_dropout")
 _ROUTING = ("top_k", "score_fn", "train_other")
+_STEP = ("compile", "keep_base", "moments_8bit", "step_in_backward")
 _SCORES = ("top_k", "score_fn")
 _TARGETS = ("target_modules", "exclude_modules")
 
@@ -55,11 +56,11 @@ class Method:
 
 def _peft(*unused: str, use_rslora: bool = False, quantizes: bool = False) -> Method:
     own: dict[str, Any] = {"one_rank": True, "use_rslora": use_rslora, "quantizes": quantizes}
-    return Method((16,), (*_ROUTING, *unused), False, True, False, **own)
+    return Method((16,), (*_ROUTING, *_STEP, *unused), False, True, False, **own)
 
 
 METHODS = {
-    "fft": Method((), (*_LORA, *_ROUTING, *_TARGETS), routes=False),
+    "fft": Method((), (*_LORA, *_ROUTING, *_STEP, *_TARGETS), routes=False),
     "lora": _peft(quantizes=True),
     "rslora": _peft("use_rslora", use_rslora=True, quantizes=True),
     "dora": _peft(),
@@ -71,7 +72,7 @@ METHODS = {
     "random": Method(unused=("score_fn",), policy="random"),
     "fixed-dense": Method(unused=(*_SCORES, "lora_lr", "lora_weight_decay"), policy="fixed-dense"),
     "fixed-lora": Method(unused=_SCORES, policy="fixed-lora"),
-    "lora-sum": Method((32, 128), _ROUTING, routes=False, adapter=True, train_base=False, quantizes=True),
+    "lora-sum": Method((32, 128), (*_ROUTING, *_STEP), routes=False, adapter=True, train_base=False, quantizes=True),
     "lora+other": Method((16,), (*_ROUTING, "lora_dropout"), train_base=False, one_rank=True),
 }
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ..optim import MoLFAdamW, MoLFConfig, create_molf_optimizer
+from ..optim import MoLFAdamW, MoLFConfig, MoLFOptimizerFactory
 
 
 class MoLFTrainerMixin:
@@ -42,13 +42,14 @@ class MoLFTrainerMixin:
             raise ValueError(
                 f"optimizers={self.optimizer.__class__.__name__}: the optimizer is made from molf_config; leave it out"
             )
+        # what the Trainer makes it from, and what a resume compares a checkpoint with
+        self.optimizer_cls_and_kwargs = (MoLFOptimizerFactory, {"config": molf_config})
 
     def create_optimizer(self, model: nn.Module | None = None) -> MoLFAdamW:
         """Make the optimizer, once; called by the Trainer."""
-        if self.optimizer is None:
-            self._check_reference()
-            self.optimizer = create_molf_optimizer(self.model if model is None else model, self.molf_config)
-        return self.optimizer
+        self._check_reference()
+        optimizer: MoLFAdamW = super().create_optimizer(model)  # type: ignore[misc]
+        return optimizer
 
     def _check_reference(self) -> None:
         """TRL takes the model without its adapter as the reference, which is the starting point only while frozen."""

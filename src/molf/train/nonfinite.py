@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..optim.guards import NonFiniteError, NonFiniteGradientError, probes
+from ..optim.quantized import as_float
 
 ON_NONFINITE = ("stop", "skip")
 
@@ -140,7 +141,7 @@ def check_state(model: nn.Module, optimizer: Any) -> None:
         return
     names = {id(p): name for name, p in model.named_parameters()}
     named = [
-        (f"{key} of {names.get(id(parameter), 'a parameter')}", value)
+        (f"{key} of {names.get(id(parameter), 'a parameter')}", as_float(value))
         for parameter, state in optimizer.state.items()
         for key, value in state.items()
         if isinstance(value, Tensor) and value.is_floating_point() and value.numel() > 1

@@ -18,9 +18,14 @@ _OUTPUTS = (
 )
 _DECISIVE = (
     "learning_rate lr_scheduler_type warmup_steps num_train_epochs max_steps per_device_train_batch_size "
-    "gradient_accumulation_steps seed data_seed adam_beta1 adam_beta2 adam_epsilon max_length packing"
+    "gradient_accumulation_steps seed data_seed adam_beta1 adam_beta2 adam_epsilon max_length packing packing_strategy "
+    "bf16 fp16 optim lr_scheduler_kwargs label_smoothing_factor neftune_noise_alpha completion_only_loss loss_type "
+    "dataloader_drop_last eos_token"
 ).split()
-_OF_METHOD = "model_name_or_path model_revision method dtype quantization task dataset_path max_examples".split()
+_OF_METHOD = (
+    "model_name_or_path model_revision method dtype quantization task dataset_path max_examples validation_size "
+    "test_size split_seed long_prompts"
+).split()
 
 
 def starts_anew(wanted: str | None) -> bool:
@@ -61,6 +66,9 @@ def find_checkpoint(wanted: str | None, output_dir: str, resolved: dict[str, Any
             settings, or a new run would mix with what ``output_dir`` holds. Nothing has been written then.
     """
     out = Path(output_dir)
+    file = next((path for path in (out, *out.parents) if path.exists() and not path.is_dir()), None)
+    if file is not None:
+        raise ValueError(f"output_dir={output_dir}: {file} is a file; choose another folder")
     auto = str(wanted).lower() == "auto"
     found = last_checkpoint(out) if auto or str(wanted).lower() in ("true", "last") else wanted
     if starts_anew(found):

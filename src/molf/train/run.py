@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of whichever client it uses
 from transformers import TrainerCallback, set_seed
 from trl import SFTTrainer
 
@@ -32,7 +33,7 @@ from .checkpoints import WholeCheckpoints, writing
 from .data import fit_examples, load_data
 from .files import sync, write_json
 from .load import hub_commit, load_model, load_tokenizer, naming, versions
-from .methods import METHODS, Adapted
+from .methods import METHODS, Adapted, Method
 from .nonfinite import FiniteSteps, skipped_steps
 from .quantize import PACKAGES, keep_adapters_in_fp32, quantized
 from .resume import find_checkpoint, finished, is_over
@@ -54,10 +55,7 @@ def train(method: MethodArguments, args: TrainArguments, callbacks: Sequence[Tra
     method.check_training(args)
     config = method.molf_config(args)
     spec = METHODS[method.method]
-    if spec.routes:
-        args.max_grad_norm = 0.0  # the optimizer clips, because only it knows the virtual gradients
-    elif spec.adapter:
-        args.learning_rate, args.weight_decay = config.lora_lr, config.lora_weight_decay
+    _take_over(args, spec, config)
     resolved = _resolved(method, config, args)
     if (ended := finished(args.resume_from_checkpoint, str(args.output_dir), resolved)) is not None:
         return ended
@@ -107,9 +105,18 @@ def train(method: MethodArguments, args: TrainArguments, callbacks: Sequence[Tra
     return metrics
 
 
+def _take_over(args: TrainArguments, spec: Method, config: MoLFConfig) -> None:
+    """Set the Trainer's arguments that the method decides."""
+    if spec.routes:
+        args.max_grad_norm = 0.0  # the optimizer clips, because only it knows the virtual gradients
+    elif spec.adapter:
+        args.learning_rate, args.weight_decay = config.lora_lr, config.lora_weight_decay
+
+
 def _resolved(method: MethodArguments, config: MoLFConfig, args: TrainArguments) -> dict[str, Any]:
     found = versions(*PACKAGES[method.quantization])
-    return {"method": asdict(method), "molf": asdict(config), "training": args.to_dict(), "versions": found}
+    training = {**args.to_dict(), "eos_token": args.eos_token}  # which transformers takes for a secret
+    return {"method": asdict(method), "molf": asdict(config), "training": training, "versions": found}
 
 
 class _Trainer(FiniteSteps, WholeCheckpoints, SFTTrainer):
@@ -123,7 +130,7 @@ class _AdaLoraTrainer(FiniteSteps, WholeCheckpoints, AdaLoraTrainer):
 def _make_trainer(method: str, **arguments: Any) -> Any:
     try:
         trainer: Any = (_AdaLoraTrainer if method == "adalora" else _Trainer)(**arguments)
-    except (RuntimeError, ImportError) as error:  # such as a logger of report_to that is not installed
+    except (RuntimeError, ImportError, HTTPError) as error:  # such as a logger that is not installed, or push_to_hub
         raise ValueError(f"the trainer cannot be made: {error}") from error
     keep_adapters_in_fp32(trainer.model)
     trainer.on_nonfinite, trainer.nonfinite_limit = trainer.args.on_nonfinite, trainer.args.nonfinite_limit

@@ -43,7 +43,7 @@ def check_checkpoint(folder: Path) -> None:
     """
     if not (folder / "trainer_state.json").is_file():
         raise ValueError(f"resume_from_checkpoint={folder}: not a checkpoint folder (no trainer_state.json in it)")
-    weights = [*folder.glob("model*.safetensors"), *folder.glob("adapter_model.safetensors")]
+    weights = [*folder.glob("model*.safetensors"), *folder.glob("**/adapter_model.safetensors")]
     states = list(folder.glob("rng_state*.pth"))
     missing = [name for name in ("optimizer.pt", "scheduler.pt") if not (folder / name).is_file()]
     missing += [] if weights else ["model.safetensors"]
@@ -87,9 +87,11 @@ def check_fits(folder: Path, model: Any, optimizer_cls_and_kwargs: tuple[Any, di
         ValueError: Naming the first thing that differs, with both values. Nothing has been loaded then.
     """
     if isinstance(model, PeftModel):
-        own = get_peft_model_state_dict(model)
-        _check_adapter(folder, model.peft_config["default"])
-        saved = _shapes(folder.glob("adapter_model.safetensors"))
+        name = model.active_adapter
+        place = folder if name == "default" else folder / name  # as PEFT saves it
+        own = get_peft_model_state_dict(model, adapter_name=name)
+        _check_adapter(place, model.peft_config[name])
+        saved = _shapes(place.glob("adapter_model.safetensors"))
     else:
         own = model.state_dict()
         saved = _shapes(folder.glob("model*.safetensors"))

@@ -1,0 +1,97 @@
+"""The options of ``molf train`` that change how a step is made: passed on, or refused where they would be ignored."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from molf.cli.train import parse
+from molf.train.methods import METHODS
+from molf.train.resume import check_same
+from molf.train.run import _resolved
+
+FIRST = ["--model_name_or_path", "x", "--dataset_path", "y", "--use_cpu", "true"]
+STEP = {"compile": "false", "keep_base": "false", "moments_8bit": "true", "step_in_backward": "true"}
+ALONE = ["--max_grad_norm", "0"]
+SHARES = {"random": ["--random_shares", "1", "1"]}
+
+
+def test_the_options_reach_the_config() -> None:
+    method, args = parse([*FIRST, *ALONE, *(word for name, value in STEP.items() for word in (f"--{name}", value))])
+    config = method.molf_config(args)
+    assert (config.compile, config.keep_base, config.moments_8bit, config.step_in_backward) == (
+        False,
+        False,
+        True,
+        True,
+    )
+    method, args = parse(FIRST)
+    config = method.molf_config(args)
+    assert [getattr(config, name) for name in STEP] == ["auto", True, False, False]
+
+
+def test_yaml_may_say_true(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("compile: true\nkeep_base: false\n")
+    method, args = parse([*FIRST, "--config", str(tmp_path / "run.yaml")])
+    assert method.molf_config(args).compile is True
+    assert method.molf_config(args).keep_base is False
+
+
+@pytest.mark.parametrize("option", STEP)
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_that_would_ignore_an_option_refuses_it(name: str, option: str) -> None:
+    used = METHODS[name].routes and not (name == "molf-e" and option in ("keep_base", "moments_8bit"))
+    words = [*FIRST, *ALONE, *SHARES.get(name, []), "--method", name, f"--{option}", STEP[option]]
+    if used:
+        parse(words)
+    else:
+        with pytest.raises(ValueError, match=f"^{option}=.*: {name} does not use it; leave it out or choose molf$"):
+            parse(words)
+
+
+def test_molf_e_that_trains_the_rest_keeps_a_base_and_moments() -> None:
+    parse([*FIRST, "--method", "molf-e", "--train_other", "true", "--keep_base", "false", "--moments_8bit", "true"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--gradient_accumulation_steps", "2", *ALONE], "gradient_accumulation_steps=2: .* set it to 1"),
+        ([], r"max_grad_norm=1\.0: .* set it to 0"),
+        (["--fp16", "true", *ALONE], "fp16=True: .* set it to False"),
+        (["--on_nonfinite", "skip", *ALONE], "on_nonfinite=skip: .* set it to stop"),
+    ],
+)
+def test_what_needs_all_gradients_is_refused_with_steps_in_the_backward_pass(words: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse([*FIRST, "--step_in_backward", "true", *words])
+
+
+def test_a_word_for_compile_is_one_of_three() -> None:
+    with pytest.raises(ValueError, match="compile='maybe': choose one of auto, true, false"):
+        parse([*FIRST, "--compile", "maybe"])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--validation_size", "0.2"], ["--test_size", "4"], ["--split_seed", "1"], ["--long_prompts", "refuse"],
+        ["--bf16", "true"], ["--optim", "sgd"], ["--label_smoothing_factor", "0.1"], ["--dataloader_drop_last", "true"],
+        ["--neftune_noise_alpha", "5"], ["--loss_type", "dft"], ["--completion_only_loss", "false"],
+        ["--eos_token", "</s>"], ["--lr_scheduler_kwargs", '{"num_cycles": 2}'], ["--keep_base", "false"],
+    ],
+)  # fmt: skip
+def test_a_run_with_other_data_or_arithmetic_is_not_continued(tmp_path: Path, words: list[str]) -> None:
+    """Each changes what is trained, or on what; a resume took them without a word."""
+    first = ["--model_name_or_path", "x", "--task", "world-fact", "--use_cpu", "true", "--bf16", "false"]
+    first += ["--method", "fft" if "--optim" in words else "molf"]
+    runs = []
+    for more in ([], words):
+        method, args = parse([*first, *more])
+        runs.append(_resolved(method, method.molf_config(args), args))
+    (tmp_path / "run.json").write_text(json.dumps(runs[0], default=str))
+    check_same(tmp_path, runs[0])
+    with pytest.raises(ValueError, match=f"^{words[0][2:]} was .*, now it is .*: a resumed run continues exactly"):
+        check_same(tmp_path, runs[1])
