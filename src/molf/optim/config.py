@@ -103,7 +103,7 @@ class MoLFConfig:
             if not _is_number(value) and not (name == "max_grad_norm" and value is None):
                 raise ValueError(f"{name}={value!r}: must be a number (in YAML write 5.0e-5, not 5e-5)")
             self._set(name, value if value is None else _float(value))
-        if self.compile != "auto" and not isinstance(self.compile, bool):
+        if not isinstance(self.compile, bool) and not (isinstance(self.compile, str) and self.compile == "auto"):
             raise ValueError(f"compile={self.compile!r}: choose True, False or 'auto'")
         for name in ("train_base", "use_rslora", "keep_base", "moments_8bit", "step_in_backward", "train_other"):
             value = getattr(self, name)
