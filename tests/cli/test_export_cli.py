@@ -249,3 +249,17 @@ def test_a_full_or_unwritable_disk(tmp_path, capsys, molf: Path) -> None:
     assert "File too large" in problem
     assert {path.name: path.read_bytes() for path in out.iterdir()} == older
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_what_rounding_leaves_nothing_of_is_refused(tmp_path, capsys, molf_e: Path) -> None:
+    """An adapter so small that bf16 loses it: within the tolerance of rounding, and no nearer to it than the base."""
+    run = tmp_path / "run"
+    shutil.copytree(molf_e, run)
+    weights = load_file(run / "adapter_model.safetensors")
+    small = {name: tensor * (1e-4 if "lora_B" in name else 1) for name, tensor in weights.items()}
+    save_file(small, run / "adapter_model.safetensors", metadata={"format": "pt"})
+    merged = (run, "--output_dir", tmp_path / "merged", "--to", "merged")
+    assert "no nearer to the trained model than the base is" in refused(capsys, *merged, "--dtype", "bfloat16")
+    assert not (tmp_path / "merged").exists()
+    exported(run, tmp_path / "fp32", "--to", "merged", "--dtype", "float32")
+    exported(run, tmp_path / "asked", "--to", "merged", "--dtype", "bfloat16", "--tolerance", "100")
