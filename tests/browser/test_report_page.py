@@ -1,5 +1,6 @@
 """The report in headless Chromium: no console error, hover, sorting, sliding, both widths, both schemes, no network."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -129,6 +130,27 @@ def test_hover_slider_and_choices(opened) -> None:
     assert "Won by lora_r8" in opened.evaluate("document.querySelector('#share').layout.yaxis.title.text")
     opened.locator("#find").fill("lora_lr")
     assert opened.locator("#configuration details[open] td:first-child").all_inner_texts() == ["lora_lr"]
+
+
+def test_the_headline_of_common_runs_fits_a_laptop_and_late_losses_can_be_told_apart(browser, tmp_path) -> None:
+    """All twelve columns; the last of them was cut off. A loss that falls from 4 to 0.2 has a logarithmic axis."""
+    runs = [write_run(tmp_path / method, method, routing=routing_lines(20)) for method in ("molf", "molf-e")]
+    metrics = json.loads((runs[0] / "metrics.json").read_text()) | {"expert_share": {"dense": 0.889, "lora_r4": 0.111}}
+    (runs[0] / "metrics.json").write_text(json.dumps(metrics))
+    assert main(["report", *map(str, runs)]) == 0
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.goto((tmp_path / "report.html").as_uri())
+    page.wait_for_selector("#settled .main-svg")
+    assert page.locator("#headline th").count() == 12
+    table, frame = page.evaluate(
+        "[document.querySelector('#headline').scrollWidth, document.querySelector('#headline').parentNode.clientWidth]"
+    )
+    assert table <= frame
+    assert page.locator("#score-note").inner_text() == "Score is the task's primary metric, in percent."
+    assert page.evaluate("document.querySelector('#loss').layout.yaxis.type") == "log"
+    widths = page.evaluate("document.querySelector('#share').data.map((trace) => trace.line.width)")
+    assert widths == sorted(set(widths), reverse=True), "lines that lie on one another can be told apart"
+    page.close()
 
 
 def test_a_report_without_routing_says_so(browser, tmp_path) -> None:

@@ -76,6 +76,8 @@ def test_what_is_refused(tmp_path, capsys) -> None:
     assert f"has no run.json; the runs in it are {run}" in fails(capsys, "report", tmp_path / "all")
     assert "is given twice" in fails(capsys, "report", run, run)
     assert "is a folder: name a file" in fails(capsys, "report", run, "--output", tmp_path)
+    assert "run.json is a file: name a folder" in fails(capsys, "report", run, "--png", run / "run.json")
+    assert not (run / "report.html").exists()
     (run / "metrics.json").write_text('{"steps": ')
     assert "metrics.json is damaged" in fails(capsys, "report", run)
     (run / "metrics.json").write_text("{}")

@@ -17,6 +17,8 @@ from .runs import Run
 from .statistics import windows
 
 CURVE_POINTS = 1000
+LOG_SCALE_FROM = 4.0
+"""Largest by smallest loss from which its axis is logarithmic: else the first entries flatten all that follows."""
 
 
 def content(runs: Sequence[Run]) -> dict[str, Any]:
@@ -25,6 +27,7 @@ def content(runs: Sequence[Run]) -> dict[str, Any]:
         "title": runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
         "subtitle": _subtitle(runs),
         "notes": [unfinished(run) for run in runs if not run.finished],
+        "log_scale_from": LOG_SCALE_FROM,
         "columns": COLUMNS,
         "rows": [headline(run) for run in runs],
         "runs": [_run(run) for run in runs],

@@ -51,10 +51,11 @@ function drawLoss() {
   $("loss-note").textContent = "Training loss, nats per token, as the trainer logged it." +
     (averaged > 1 ? ` Long logs are thinned: each point is the mean of about ${averaged} entries.` : "");
   if (!traces.length) return empty("loss", "No run has a log of its loss with this axis.");
-  const losses = traces.flatMap((trace) => trace.y), wide = Math.min(...losses) > 0 && Math.max(...losses) > 20 * Math.min(...losses);
+  const losses = traces.flatMap((trace) => trace.y), ratio = Math.max(...losses) / Math.min(...losses);
+  const wide = Math.min(...losses) > 0 && ratio > D.log_scale_from;
   draw("loss", traces, {
     xaxis: { title: { text: label } }, showlegend: D.runs.length > 1,
-    yaxis: wide ? { title: { text: "Loss, log scale" }, type: "log", dtick: 1, exponentformat: "none" } : { title: { text: "Loss" } },
+    yaxis: wide ? { title: { text: "Loss, log scale" }, type: "log", dtick: ratio > 100 ? 1 : "D2", exponentformat: "none" } : { title: { text: "Loss" } },
   });
 }
 function drawScore() {
@@ -124,11 +125,11 @@ function drawWon() {
   $("won-note").textContent = `Share of steps that ${r.experts[state.expert]} won, by layer and projection. The slider's first position is the whole run; ` +
     (width > 1 ? `each other one is about ${width} steps.` : "each other one is a step.");
 }
-function lines(id, rows, title, format, range) {
+function lines(id, rows, title, format, range, width) {
   const r = routing();
   const traces = rows.map((y, index) => ({
     x: r.line_windows.map(([from, to]) => (from + to) / 2), y, name: shortened(r.projections[index]), type: "scatter", mode: "lines",
-    line: { color: runColor(index), width: 1.8, dash: DASHES[Math.floor(index / 8) % 4] }, connectgaps: false,
+    line: { color: runColor(index), width: width(rows.length - 1 - index), dash: DASHES[Math.floor(index / 8) % 4] }, connectgaps: false,
     customdata: r.line_windows.map(([from, to]) => from === to ? `step ${from}` : `steps ${from} to ${to}`),
     hovertemplate: `%{fullData.name}<br>%{customdata}: %{y:${format}}<extra></extra>`,
   }));
@@ -154,11 +155,11 @@ function drawRouting() {
   $("window").max = r.windows.length - 1;
   $("window").value = state.window;
   drawWon();
-  lines("share", r.line_shares[state.expert], `Won by ${escaped(r.experts[state.expert])}`, ".1%", [-0.02, 1.02]);
+  lines("share", r.line_shares[state.expert], `Won by ${escaped(r.experts[state.expert])}`, ".1%", [-0.02, 1.02], (above) => Math.min(6, 1.8 + 0.9 * above)); // those that lie on one another show as bands
   $("share-note").textContent = `Share of a projection's decisions that ${r.experts[state.expert]} won` +
     (r.line_windows.some(([a, b]) => b > a) ? `, over windows of about ${r.line_windows[0][1] - r.line_windows[0][0] + 1} steps.` : ", step by step.");
   if (r.experts.length < 2) empty("margin", "With one expert there is no decision.");
-  else lines("margin", r.line_margins, "Margin", ".2f", [-0.02, 1.02]);
+  else lines("margin", r.line_margins, "Margin", ".2f", [-0.02, 1.02], () => 1.8);
   drawSpecial();
 }
 
@@ -279,7 +280,7 @@ function drawAll() {
 $("title").textContent = D.title;
 $("subtitle").textContent = D.subtitle;
 $("notes").replaceChildren(...D.notes.map((note) => element("li", note)));
-$("score-note").textContent = [...new Set(D.runs.map((run) => run.score_name).filter(Boolean))].map((name) => `Score is the task's primary metric, ${name.replaceAll("_", " ")}, in percent.`).join(" ");
+$("score-note").textContent = [...new Set(D.runs.map((run) => run.score_name).filter(Boolean))].map((name) => `Score is the task's primary metric${name === "score" ? "" : ", " + name.replaceAll("_", " ")}, in percent.`).join(" ");
 drawHeadline();
 drawConfiguration();
 $("find").oninput = drawConfiguration;
