@@ -115,10 +115,12 @@ def test_a_plain_trainer_reports_to_tensorboard(tmp_path: Path) -> None:
     assert 0 < logged[0]["molf/lost_update_fraction"] < 1
 
 
-def test_seconds_go_on_after_a_resume_and_tokens_are_those_since_the_entry_before(monkeypatch) -> None:
+def test_seconds_and_tokens_go_on_after_a_resume(monkeypatch) -> None:
     clock = iter([100.0, 104.0, 106.0])
     monkeypatch.setattr("molf.train.callbacks.time.perf_counter", lambda: next(clock))
-    state = SimpleNamespace(log_history=[{"step": 1, "seconds": 50.0}, {"step": 1, "eval_loss": 1.0}])
+    state = SimpleNamespace(
+        log_history=[{"step": 1, "seconds": 50.0, "num_tokens": 900}, {"step": 1, "eval_loss": 1.0}]
+    )
     speed = SpeedCallback(lambda: 7.0)
     speed.on_train_begin(None, state, None)
     for tokens_so_far, expected in ((400, (54.0, 100.0)), (500, (56.0, 50.0))):
@@ -126,7 +128,12 @@ def test_seconds_go_on_after_a_resume_and_tokens_are_those_since_the_entry_befor
         state.log_history.append(dict(logs))
         speed.on_log(None, state, None, logs=logs)
         assert (logs["seconds"], logs["tokens_per_second"], logs["peak_memory_mib"]) == (*expected, 7.0)
+        assert logs["num_tokens"] == 900 + tokens_so_far
         assert state.log_history[-1] == logs
+    last = {"train_runtime": 6.0, "num_tokens": 500}
+    state.log_history.append(dict(last))
+    speed.on_log(None, state, None, logs=last)
+    assert last == state.log_history[-1] == {"train_runtime": 6.0, "num_tokens": 1400}
     evaluation = {"eval_loss": 1.0}
     speed.on_log(None, state, None, logs=evaluation)
     assert evaluation == {"eval_loss": 1.0}

@@ -112,8 +112,8 @@ def _may_log(args: Any, state: Any) -> bool:
 class SpeedCallback(TrainerCallback):
     """Adds ``seconds`` of training so far, ``tokens_per_second`` and ``peak_memory_mib`` to the training logs.
 
-    The seconds go on after a resume: they are those of the run and not of the process. Tokens are those that TRL counts
-    as ``num_tokens``, since the entry before.
+    The seconds go on after a resume, and so do the ``num_tokens`` that TRL counts from 0 in every process: they are
+    those of the run. Tokens per second are since the entry before.
 
     Args:
         peak_memory: Gives the peak memory so far, MiB.
@@ -122,18 +122,26 @@ class SpeedCallback(TrainerCallback):
     def __init__(self, peak_memory: Callable[[], float]) -> None:
         self.peak_memory = peak_memory
         self._begin = 0.0
-        self._last = (0.0, 0.0)  # time and tokens at the entry before; TRL counts from the start of the process
+        self._tokens = 0.0  # of the processes before
+        self._last = (0.0, 0.0)  # time and tokens at the entry before
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clock where the history ends."""
-        before = [entry for entry in state.log_history if "seconds" in entry]
-        now = time.perf_counter()
-        self._begin = now - (before[-1]["seconds"] if before else 0.0)
-        self._last = (now, 0.0)
+        """Start the clock and the count where the history ends."""
+
+        def last(key: str) -> float:
+            return next((entry[key] for entry in reversed(state.log_history) if key in entry), 0.0)
+
+        now, self._tokens = time.perf_counter(), last("num_tokens")
+        self._begin = now - last("seconds")
+        self._last = (now, self._tokens)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        """Complete an entry that has the training loss."""
-        if logs is None or "loss" not in logs:
+        """Complete an entry that has the training loss; in any, count on."""
+        if logs is None:
+            return
+        if "num_tokens" in logs:
+            _complete(state, logs, {"num_tokens": logs["num_tokens"] + self._tokens})
+        if "loss" not in logs:
             return
         now = time.perf_counter()
         found = {"seconds": now - self._begin, "peak_memory_mib": self.peak_memory()}
