@@ -51,6 +51,8 @@ class RoutingCallback(TrainerCallback):
         self.recorder: RoutingRecorder | None = None
         self._metrics: RoutingMetrics | None = None
         self._lost: LostUpdates | None = None
+        self._counted: dict[str, Any] | None = None  # the latest record that the metrics have
+        self._lost_share: float | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         """Open the log; on a resume continue it after the resumed step."""
@@ -60,24 +62,28 @@ class RoutingCallback(TrainerCallback):
             self._metrics = RoutingMetrics(own.routed_modules, own.experts)
             self._lost = LostUpdates(own)
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Before a step that may be logged, look at the weights."""
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Before a step that may be logged, look at the weights; it may be made in the backward pass."""
+        self._lost_share = None
         if self.recorder is not None and self._lost is not None and _may_log(args, state):
             self._lost.before_step()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Count the step's decisions."""
-        if self.recorder is not None and self.recorder.latest is not None and self._metrics is not None:
-            self._metrics.add(self.recorder.latest)
+        """Count the step's decisions, unless it was skipped: then there is no new record."""
+        latest = self.recorder.latest if self.recorder is not None else None
+        if latest is None or latest is self._counted or self._metrics is None or self._lost is None:
+            return
+        self._counted = latest
+        self._metrics.add(latest)
+        self._lost_share = self._lost.after_step(latest["winners"])
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """Complete an entry that has the training loss."""
-        if self._metrics is None or self._lost is None or logs is None or "loss" not in logs:
+        if self._metrics is None or logs is None or "loss" not in logs:
             return
         found = self._metrics.take()
-        if self.recorder is not None and self.recorder.latest is not None:
-            lost = self._lost.after_step(self.recorder.latest["winners"])
-            found |= {} if lost is None else {"molf/lost_update_fraction": lost}
+        if self._lost_share is not None:
+            found["molf/lost_update_fraction"] = self._lost_share
         _complete(state, logs, found)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
