@@ -69,6 +69,13 @@ def test_an_unfinished_run_is_shown_as_far_as_it_went(tmp_path, capsys) -> None:
     assert len(data_of(tmp_path / "new" / "page.html")["runs"][0]["curve"]["loss"]) == 10
 
 
+def test_a_run_that_was_killed_before_its_first_step_has_no_routing(tmp_path, capsys) -> None:
+    run = write_run(tmp_path / "run", routing=routing_lines(0), finished=False, steps=1)
+    assert main(["report", str(run), "--png", str(tmp_path / "png")]) == 0
+    assert data_of(run / "report.html")["runs"][0]["routing"] is None
+    assert "has no routing" in fails(capsys, "report", run, "--advise")
+
+
 def test_what_is_refused(tmp_path, capsys) -> None:
     run = write_run(tmp_path / "all" / "run", routing=routing_lines(3))
     assert "expected" in fails(capsys, "report") or "required" in fails(capsys, "report")
