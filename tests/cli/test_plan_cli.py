@@ -73,20 +73,18 @@ def test_a_dry_run_counts_no_copy_of_w_that_is_not_there() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "method",
+    ("batch", "method"),
     [
-        ["fft"],
-        ["molf"],
-        ["molf", "--lora_lr", "1e-7"],
-        ["molf", "--lora_lr", "1e-2"],
-        ["molf-e"],
+        ("16", ["fft"]),
+        ("16", ["molf"]),
+        ("16", ["molf-e"]),
+        ("2", ["molf", "--lora_lr", "1e-7"]),  # dense wins everywhere
+        ("2", ["molf", "--lora_lr", "1e-2"]),  # LoRA wins everywhere
     ],
-    ids=" ".join,
 )
-@pytest.mark.parametrize("batch", ["1", "16"])
 @pytest.mark.parametrize("model", ["bundled", "stories3M"])
 def test_a_dry_run_is_within_ten_percent_of_the_plan(tmp_path, model: str, batch: str, method: list[str]) -> None:
-    """In a process of its own, whose growth is measured; with the dense expert and with LoRA winning."""
+    """In a process of its own, whose growth is measured; a small batch leaves the masters much of it."""
     if model == "stories3M" and not STORIES.exists():
         pytest.skip(f"{STORIES} is missing")
     name, eos = (str(STORIES), ["--eos_token", "</s>"]) if model == "stories3M" else (str(BUNDLED_MODEL), [])

@@ -80,9 +80,9 @@ class _Watch(TrainerCallback):
 def dry_run(method: MethodArguments, args: TrainArguments) -> DryRun:
     """Make real steps in a scratch folder, and estimate the memory of the same batch.
 
-    Three steps: AdamW has its moments from the second on, and in fp32 a LoRA expert that wins the second, the first whose
-    learning rate the warm-up leaves above 0, makes a copy of W that the third holds. On a CPU, memory is the growth of
-    the process, so the whole is done twice: the first time loads the libraries' code, which is no part of the model.
+    Three steps: AdamW has its moments from the second on, and in fp32 a LoRA expert that wins the second, the first
+    with a learning rate above 0, makes a copy of W that the third holds. On a CPU, memory is the growth of the process,
+    so the whole is done twice: the first time loads the libraries' code, which is no part of the model.
 
     Raises:
         ValueError: As of ``train``.
