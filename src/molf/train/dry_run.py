@@ -145,6 +145,7 @@ def workload(method: MethodArguments, args: TrainArguments, model: Any, length: 
         checkpointing=bool(args.activation_checkpointing),
         autocast=bool(args.bf16),
         fused="fused" in str(args.optim),
+        quantization=method.quantization,
         trust_remote_code=args.trust_remote_code,
     )
 
