@@ -69,11 +69,22 @@ def test_an_unfinished_run_is_shown_as_far_as_it_went(tmp_path, capsys) -> None:
     assert len(data_of(tmp_path / "new" / "page.html")["runs"][0]["curve"]["loss"]) == 10
 
 
+def test_the_seconds_of_a_resumed_run_are_those_of_all_its_processes(tmp_path) -> None:
+    """Those of the last process alone put its score before the end of its own curve."""
+    run = write_run(tmp_path / "run")
+    metrics = json.loads((run / "metrics.json").read_text()) | {"seconds": 2.0, "resumed_from": "checkpoint-16"}
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    assert main(["report", str(run)]) == 0
+    data = data_of(run / "report.html")
+    assert data["rows"][0]["seconds"] == data["runs"][0]["seconds"] == data["runs"][0]["curve"]["seconds"][-1] == 10.0
+
+
 def test_a_run_that_was_killed_before_its_first_step_has_no_routing(tmp_path, capsys) -> None:
     run = write_run(tmp_path / "run", routing=routing_lines(0), finished=False, steps=1)
     assert main(["report", str(run), "--png", str(tmp_path / "png")]) == 0
     assert data_of(run / "report.html")["runs"][0]["routing"] is None
-    assert "has no routing" in fails(capsys, "report", run, "--advise")
+    assert main(["report", str(run), "--advise"]) == 2
+    assert "has no routing" in capsys.readouterr().err
 
 
 def test_what_is_refused(tmp_path, capsys) -> None:

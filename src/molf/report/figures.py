@@ -26,7 +26,7 @@ _STYLE: dict[Any, Any] = {
     "text.parse_math": False,  # names of runs and modules are no formulas
 }
 _TWO_SIDED = ("#2f6690", "#f1efea", "#c4572f")
-_EARLY_TO_LATE = ("#2f6690", "#f1efea")
+_EARLY_TO_LATE = ("#2f6690", "#d9d6cf")
 
 
 def write_figures(runs: Sequence[Run], folder: Path) -> list[Path]:
