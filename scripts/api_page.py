@@ -6,6 +6,7 @@ python scripts/api_page.py --check    # exit status 1 if the page is not what th
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import sys
 from pathlib import Path
@@ -34,8 +35,10 @@ def page() -> str:
 
 
 def entry(name: str, item: Any) -> list[str]:
-    """A public name with its signature and docstring, and its methods with their first lines."""
+    """A public name with its signature and docstring, its fields, and its methods with their first lines."""
     lines = [f"## {name}", "", "```text", f"{name}{signature(item)}", "", inspect.getdoc(item) or "", "```", ""]
+    for field in dataclasses.fields(item) if dataclasses.is_dataclass(item) else ():
+        lines.append(f"* `{field.name}`: {field.metadata['help']}")
     for method in METHODS.get(name, ()):
         function = getattr(item, method)
         lines.append(f"* `{method}{signature(function)}`: {first_line(function)}")

@@ -1,5 +1,6 @@
 """The report in headless Chromium: no console error, hover, sorting, sliding, both widths, both schemes, no network."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 
 from molf.cli import main
+from molf.tasks import get_task
 from run_folders import routing_lines, write_run
 
 CHROMIUM = next((path for name in ("chromium", "chromium-browser") if (path := shutil.which(name))), None)
@@ -129,6 +131,55 @@ def test_hover_slider_and_choices(opened) -> None:
     assert "Won by lora_r8" in opened.evaluate("document.querySelector('#share').layout.yaxis.title.text")
     opened.locator("#find").fill("lora_lr")
     assert opened.locator("#configuration details[open] td:first-child").all_inner_texts() == ["lora_lr"]
+
+
+def test_the_headline_of_common_runs_fits_a_laptop_and_late_losses_can_be_told_apart(browser, tmp_path) -> None:
+    """All twelve columns; the last of them was cut off. A loss that falls from 4 to 0.2 has a logarithmic axis."""
+    runs = [write_run(tmp_path / method, method, routing=routing_lines(20)) for method in ("molf", "molf-e")]
+    metrics = json.loads((runs[0] / "metrics.json").read_text()) | {"expert_share": {"dense": 0.889, "lora_r4": 0.111}}
+    (runs[0] / "metrics.json").write_text(json.dumps(metrics))
+    assert main(["report", *map(str, runs)]) == 0
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.goto((tmp_path / "report.html").as_uri())
+    page.wait_for_selector("#settled .main-svg")
+    assert page.locator("#headline th").count() == 12
+    table, frame = page.evaluate(
+        "[document.querySelector('#headline').scrollWidth, document.querySelector('#headline').parentNode.clientWidth]"
+    )
+    assert table <= frame
+    assert page.locator("#score-note").inner_text() == "Score is the task's primary metric, in percent."
+    assert page.evaluate("document.querySelector('#loss').layout.yaxis.type") == "log"
+    widths = page.evaluate("document.querySelector('#share').data.map((trace) => trace.line.width)")
+    assert widths == sorted(set(widths), reverse=True), "lines that lie on one another can be told apart"
+    page.close()
+
+
+def test_the_legend_of_many_runs_leaves_room_for_the_chart(browser, tmp_path) -> None:
+    runs = [write_run(tmp_path / f"molf-lr0.001-seed{seed}") for seed in range(24)]
+    assert main(["report", *map(str, runs)]) == 0
+    page = browser.new_page(viewport={"width": 400, "height": 900})
+    page.goto((tmp_path / "report.html").as_uri())
+    page.wait_for_selector("#time .main-svg")
+    for name in ("loss", "score"):
+        assert page.locator(f"#{name} .nsewdrag").first.bounding_box()["height"] > 120, name
+    page.close()
+
+
+def test_scores_of_different_tasks_are_not_compared(browser, tmp_path) -> None:
+    runs = [write_run(tmp_path / name) for name in ("one", "two")]
+    for task, best, said in (("world-fact", 2, "higher is better"), ("world-mcq", 0, "cannot be compared")):
+        config = json.loads((runs[0] / "run.json").read_text())
+        config["method"]["task"] = task
+        (runs[0] / "run.json").write_text(json.dumps(config))
+        metrics = json.loads((runs[0] / "metrics.json").read_text())
+        (runs[0] / "metrics.json").write_text(json.dumps(metrics | {get_task(task).primary: 81.25}))
+        assert main(["report", *map(str, runs)]) == 0
+        page = browser.new_page()
+        page.goto((tmp_path / "report.html").as_uri())
+        page.wait_for_selector("#time .main-svg")
+        assert page.locator("#headline td.best").count() == best
+        assert said in page.locator("#score-caption").inner_text()
+        page.close()
 
 
 def test_a_report_without_routing_says_so(browser, tmp_path) -> None:

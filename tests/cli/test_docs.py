@@ -13,7 +13,7 @@ from molf.cli import main
 from molf.cli.compare import _options as compare_options
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("quickstart", "tuning", "memory", "report", "troubleshooting", "compare", "method", "api")
+PAGES = ("quickstart", "tuning", "memory", "report", "troubleshooting", "compare", "method", "api", "faults", "export")
 SHORTER = {"train": "--max_examples 8 --max_steps 2 --use_cpu true --gradient_checkpointing false".split()}
 
 
@@ -22,6 +22,8 @@ def folder(tmp_path_factory) -> Path:
     """Where the commands run: pages go on from what those before left."""
     folder = tmp_path_factory.mktemp("docs")
     (folder / "src").symlink_to(ROOT / "src")
+    (folder / "runs").mkdir()
+    (folder / "runs" / "train").symlink_to("molf")  # the README's run; here it is the quick start's
     return folder
 
 
@@ -49,11 +51,29 @@ def test_code_blocks(name: str, folder: Path, monkeypatch, capsys) -> None:
 
 def test_what_the_pages_made(folder: Path) -> None:
     """After the blocks above: their outputs are where the pages say."""
-    if not (folder / "runs").exists():
+    if not (folder / "runs" / "molf").exists():
         pytest.skip("the pages were not run")
-    made = ("report.html", "molf/model.safetensors", "own/metrics.json", "routed/report.html", "figures/routed-won.png")
+    made = (
+        "served/model.safetensors",
+        "safe/metrics.json",
+        "report.html",
+        "molf/model.safetensors",
+        "own/metrics.json",
+        "routed/report.html",
+        "figures/routed-won.png",
+    )
     assert [name for name in made if not (folder / "runs" / name).exists()] == []
     assert not (folder / "runs" / "dry").exists()
+
+
+def test_quoted_errors_are_those_of_the_code() -> None:
+    """So that who looks for a message finds it."""
+    code = "".join(path.read_text() for path in (ROOT / "src").rglob("*.py"))
+    quoted = re.findall(r'^\*\*"(.*?)"', (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
+    assert len(quoted) == 5
+    for words in quoted:
+        pattern = ".*".join(map(re.escape, words.split("...")))  # what stands for "..." is in one line of the code
+        assert re.search(pattern, code), words
 
 
 def test_links_lead_somewhere() -> None:
@@ -74,7 +94,7 @@ def test_the_api_page_is_that_of_the_docstrings(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("module", ["optim.config", "optim.factory", "optim.names", "optim.policy", "report.statistics",
-                                    "report.routing_content", "plan.tracker", "cli.eval"])  # fmt: skip
+                                    "report.routing_content", "plan.tracker", "cli.eval", "table"])  # fmt: skip
 def test_examples_in_docstrings(module: str) -> None:
     found = importlib.import_module(f"molf.{module}")
     names = {"torch": importlib.import_module("torch"), "nn": importlib.import_module("torch.nn")}

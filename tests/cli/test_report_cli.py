@@ -69,6 +69,24 @@ def test_an_unfinished_run_is_shown_as_far_as_it_went(tmp_path, capsys) -> None:
     assert len(data_of(tmp_path / "new" / "page.html")["runs"][0]["curve"]["loss"]) == 10
 
 
+def test_the_seconds_of_a_resumed_run_are_those_of_all_its_processes(tmp_path) -> None:
+    """Those of the last process alone put its score before the end of its own curve."""
+    run = write_run(tmp_path / "run")
+    metrics = json.loads((run / "metrics.json").read_text()) | {"seconds": 2.0, "resumed_from": "checkpoint-16"}
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    assert main(["report", str(run)]) == 0
+    data = data_of(run / "report.html")
+    assert data["rows"][0]["seconds"] == data["runs"][0]["seconds"] == data["runs"][0]["curve"]["seconds"][-1] == 10.0
+
+
+def test_a_run_that_was_killed_before_its_first_step_has_no_routing(tmp_path, capsys) -> None:
+    run = write_run(tmp_path / "run", routing=routing_lines(0), finished=False, steps=1)
+    assert main(["report", str(run), "--png", str(tmp_path / "png")]) == 0
+    assert data_of(run / "report.html")["runs"][0]["routing"] is None
+    assert main(["report", str(run), "--advise"]) == 2
+    assert "has no routing" in capsys.readouterr().err
+
+
 def test_what_is_refused(tmp_path, capsys) -> None:
     run = write_run(tmp_path / "all" / "run", routing=routing_lines(3))
     assert "expected" in fails(capsys, "report") or "required" in fails(capsys, "report")
@@ -76,6 +94,8 @@ def test_what_is_refused(tmp_path, capsys) -> None:
     assert f"has no run.json; the runs in it are {run}" in fails(capsys, "report", tmp_path / "all")
     assert "is given twice" in fails(capsys, "report", run, run)
     assert "is a folder: name a file" in fails(capsys, "report", run, "--output", tmp_path)
+    assert "run.json is a file: name a folder" in fails(capsys, "report", run, "--png", run / "run.json")
+    assert not (run / "report.html").exists()
     (run / "metrics.json").write_text('{"steps": ')
     assert "metrics.json is damaged" in fails(capsys, "report", run)
     (run / "metrics.json").write_text("{}")

@@ -12,12 +12,13 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import molf.train.quantize
 from molf import MoLFConfig, create_molf_optimizer, molf_lora_config
 from molf.assets import BUNDLED_MODEL
 from molf.cli import main
+from molf.plan.memory import Workload, plan_method
 from molf.train.load import load_model
 from molf.train.methods import METHODS
 from molf.train.quantize import PACKAGES, quantized
@@ -70,6 +71,17 @@ def test_it_trains_over_a_base_that_keeps_its_bytes(tmp_path: Path, kind: str) -
         name.replace(".default", "") for name in model.state_dict() if "lora_" in name
     }
     assert torch.equal(logits(PeftModel.from_pretrained(load(kind), tmp_path)), logits(model))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_molf_plan_counts_the_quantised_base(kind: str) -> None:
+    """All but a 4-bit layer's code table and its description, which are below 256 bytes."""
+    held = {name: value for name, value in base_bytes(load(kind)).items() if not name.startswith("lm_head")}  # tied
+    work = Workload(AutoConfig.from_pretrained(BUNDLED_MODEL), torch.float32, 2, 8, quantization=kind)
+    planned = plan_method("molf-e", EFFICIENT, work).memory()["weights"]
+    assert planned <= sum(map(len, held.values())) < planned + 256 * 28
+    whole = plan_method("molf", MoLFConfig(expert_ranks=(2,)), work).memory()["weights"]
+    assert whole == 4 * load_model(str(BUNDLED_MODEL), "float32").num_parameters(), "molf's base is not quantised"
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -74,6 +74,52 @@ def test_lost_updates_are_not_those_of_lora_winners_or_fp32() -> None:
     assert lost.after_step([[0]] * 14) is None
 
 
+def logged(callback: RoutingCallback, state: SimpleNamespace) -> dict[str, float]:
+    state.log_history.append({"loss": 1.0})
+    callback.on_log(None, state, None, logs={"loss": 1.0})
+    return state.log_history[-1]
+
+
+def started(path: Path, optimizer: torch.optim.Optimizer) -> tuple[RoutingCallback, SimpleNamespace, SimpleNamespace]:
+    """A callback that logs every step, as a Trainer starts it, and the Trainer's arguments and state."""
+    args = SimpleNamespace(logging_first_step=False, logging_strategy="steps")
+    state = SimpleNamespace(is_world_process_zero=True, global_step=0, logging_steps=1, log_history=[])
+    callback = RoutingCallback(path)
+    callback.on_train_begin(args, state, None, optimizer=optimizer)
+    callback.on_step_begin(args, state, None)
+    return callback, args, state
+
+
+@pytest.mark.parametrize("step_in_backward", [False, True])
+def test_lost_updates_are_found_wherever_the_step_is_made(tmp_path, step_in_backward: bool) -> None:
+    model = causal_lm("llama", torch.bfloat16)
+    config = MoLFConfig(expert_ranks=(2,), lr=0.1, policy="fixed-dense", step_in_backward=step_in_backward)
+    optimizer = create_molf_optimizer(model, config)
+    callback, args, state = started(tmp_path / "routing.jsonl", optimizer)
+    model(input_ids=tokens(0), labels=tokens(0)).loss.backward()
+    optimizer.step()
+    callback.on_optimizer_step(args, state, None)
+    assert logged(callback, state)["molf/lost_update_fraction"] < 0.05
+    callback.close()
+
+
+def test_a_skipped_step_is_not_counted(tmp_path) -> None:
+    """There is no new record then: the one before was counted again."""
+    optimizer = create_molf_optimizer(causal_lm("llama", torch.bfloat16), MoLFConfig(expert_ranks=(2,)))
+    callback, args, state = started(tmp_path / "routing.jsonl", optimizer)
+    count = len(optimizer.routed_modules)
+    assert callback.recorder is not None
+    for winner in (0, 1):
+        callback.recorder.latest = record(*[([2.0, 1.0], [winner])] * count)
+        callback.on_optimizer_step(args, state, None)
+    callback.on_step_begin(args, state, None)
+    callback.on_optimizer_step(args, state, None)
+    found = logged(callback, state)
+    assert (found["molf/dense_share"], found["molf/switch_rate"]) == (0.5, 1.0)
+    assert "molf/lost_update_fraction" not in found, "nothing was updated"
+    callback.close()
+
+
 def test_a_plain_trainer_reports_to_tensorboard(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -115,10 +161,12 @@ def test_a_plain_trainer_reports_to_tensorboard(tmp_path: Path) -> None:
     assert 0 < logged[0]["molf/lost_update_fraction"] < 1
 
 
-def test_seconds_go_on_after_a_resume_and_tokens_are_those_since_the_entry_before(monkeypatch) -> None:
+def test_seconds_and_tokens_go_on_after_a_resume(monkeypatch) -> None:
     clock = iter([100.0, 104.0, 106.0])
     monkeypatch.setattr("molf.train.callbacks.time.perf_counter", lambda: next(clock))
-    state = SimpleNamespace(log_history=[{"step": 1, "seconds": 50.0}, {"step": 1, "eval_loss": 1.0}])
+    state = SimpleNamespace(
+        log_history=[{"step": 1, "seconds": 50.0, "num_tokens": 900}, {"step": 1, "eval_loss": 1.0}]
+    )
     speed = SpeedCallback(lambda: 7.0)
     speed.on_train_begin(None, state, None)
     for tokens_so_far, expected in ((400, (54.0, 100.0)), (500, (56.0, 50.0))):
@@ -126,7 +174,12 @@ def test_seconds_go_on_after_a_resume_and_tokens_are_those_since_the_entry_befor
         state.log_history.append(dict(logs))
         speed.on_log(None, state, None, logs=logs)
         assert (logs["seconds"], logs["tokens_per_second"], logs["peak_memory_mib"]) == (*expected, 7.0)
+        assert logs["num_tokens"] == 900 + tokens_so_far
         assert state.log_history[-1] == logs
+    last = {"train_runtime": 6.0, "num_tokens": 500}
+    state.log_history.append(dict(last))
+    speed.on_log(None, state, None, logs=last)
+    assert last == state.log_history[-1] == {"train_runtime": 6.0, "num_tokens": 1400}
     evaluation = {"eval_loss": 1.0}
     speed.on_log(None, state, None, logs=evaluation)
     assert evaluation == {"eval_loss": 1.0}

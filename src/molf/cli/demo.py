@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from ..assets import BUNDLED_MODEL
+from ..table import aligned
 from ..train.files import write_json
 from ..world import counterfactual_edits, make_world
 from .parser import Parser
@@ -116,11 +117,4 @@ def table(results: Sequence[dict[str, Any]]) -> str:
                 "-" if share is None else f"{100 * share:.1f}",
             )
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
-    lines = [
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    return aligned(rows, right=range(1, len(COLUMNS)))

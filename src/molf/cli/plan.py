@@ -56,7 +56,9 @@ def run(argv: Sequence[str]) -> None:
     own = next(plan for plan in plans if plan.method == method.method)
     print(tensors(own.rows, method.all))
     print(f"\n{totals(own)}")
-    print(f"\nGiB on one device, {work.batch} x {length} tokens, {str(work.dtype).removeprefix('torch.')} weights:\n")
+    quantised = "" if work.quantization == "none" else f", {work.quantization} under the adapters"
+    dtype = str(work.dtype).removeprefix("torch.")
+    print(f"\nGiB on one device, {work.batch} x {length} tokens, {dtype} weights{quantised}:\n")
     print(by_kind(plans))
     print("\nPeak GiB per GPU:\n")
     print(by_gpus(plans, method.gpus))

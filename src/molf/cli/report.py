@@ -66,4 +66,6 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
         raise ValueError("--advise takes one run and writes no file: leave the other runs, --output and --png out")
     if options.output is not None and options.output.is_dir():
         raise ValueError(f"output={options.output} is a folder: name a file")
+    if options.png is not None and options.png.exists() and not options.png.is_dir():
+        raise ValueError(f"png={options.png} is a file: name a folder")
     return options

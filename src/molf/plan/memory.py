@@ -39,6 +39,7 @@ class Workload:
         checkpointing: Whether activations are recomputed.
         autocast: Whether the forward pass is in bf16 by autocast.
         fused: Whether the AdamW of methods that do not route is fused.
+        quantization: Of the frozen base of the methods that take it, as ``molf train`` names it.
         trust_remote_code: Whether the model's own code may run.
     """
 
@@ -50,6 +51,7 @@ class Workload:
     checkpointing: bool = False
     autocast: bool = False
     fused: bool = True
+    quantization: str = "none"
     trust_remote_code: bool = False
 
 
@@ -151,8 +153,13 @@ def plan_method(name: str, config: MoLFConfig, work: Workload) -> Plan:
         base.tie_weights()
         optimizer = create_molf_optimizer(model, config) if spec.routes else None
         rows = list(_routed_rows(model, optimizer) if optimizer else _plain_rows(model, config, spec.adapter))
-        held = [*_of_model(model), *(_of_optimizer(optimizer) if optimizer else _of_adamw(model))]
-        peak = _simulate(model, base, work)
+        packed = _quantised(base) if spec.quantizes and work.quantization != "none" else {}
+        held = [
+            *_of_model(model, packed, work.quantization),
+            *(_of_optimizer(optimizer) if optimizer else _of_adamw(model)),
+        ]
+        unpacked = max((weight.numel() for weight in packed.values()), default=0)  # one at a time, to multiply with
+        peak = _simulate(model, base, work) + unpacked * (2 if work.autocast else work.dtype.itemsize)
     sizes = [tensor.bytes for tensor in held if tensor.kind == "moments"]
     temporaries = _of_step(optimizer) if optimizer else (0 if work.fused else 2) * max(sizes, default=0)
     return Plan(
@@ -186,10 +193,25 @@ def _size(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _of_model(model: nn.Module) -> Iterator[Held]:
+def _quantised(base: Any) -> dict[int, Tensor]:
+    """The weights by ``id`` that are quantised: of linear layers without the output head and without an adapter's."""
+    head = base.get_output_embeddings()
+    layers = [m for m in base.modules() if isinstance(m, nn.Linear) and m is not head and not m.weight.requires_grad]
+    return {id(layer.weight): layer.weight for layer in layers}
+
+
+def _packed_size(weight: Tensor, quantization: str) -> int:
+    """Bytes of a quantised weight with its fp32 scales: one per 64 elements of NF4, else int8 and one per output."""
+    if quantization == "bnb-4bit":
+        return -(-weight.numel() // 2) + 4 * -(-weight.numel() // 64)
+    return weight.numel() + 4 * weight.shape[0]
+
+
+def _of_model(model: nn.Module, packed: dict[int, Tensor], quantization: str) -> Iterator[Held]:
     for name, parameter in model.named_parameters():
         shape = tuple(parameter.shape)
-        yield Held("experts" if ".lora_" in name else "weights", name, shape, _size(parameter))
+        size = _packed_size(parameter, quantization) if id(parameter) in packed else _size(parameter)
+        yield Held("experts" if ".lora_" in name else "weights", name, shape, size)
         if parameter.requires_grad:
             yield Held("gradients", name, shape, _size(parameter))
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from ..optim import MoLFConfig
+from ..table import aligned
 from ..train.methods import METHODS
 from .memory import KINDS, Plan, Row, Workload
 
@@ -100,15 +101,3 @@ def warnings(plan: Plan, config: MoLFConfig, work: Workload) -> list[str]:
             "where a step is below half its last digit; use --dtype float32, or a method that routes: it keeps masters"
         )
     return found
-
-
-def aligned(rows: Sequence[Sequence[str]], right: Sequence[int]) -> str:
-    """Rows as columns of equal width, a line under the first."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-    return "\n".join([lines[0].rstrip(), "-" * max(map(len, lines)), *(line.rstrip() for line in lines[1:])])

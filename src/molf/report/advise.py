@@ -81,14 +81,15 @@ def judge(log: RoutingLog) -> list[Verdict]:
         if not len(decisions):
             continue
         wins = np.bincount(decisions, minlength=len(log.experts))
-        order = sorted(range(len(log.experts)), key=lambda e: (-wins[e], log.experts[e] == "dense"))
-        share = wins[order[0]] / len(decisions)
+        most = min(range(len(log.experts)), key=lambda e: (-wins[e], log.experts[e] == "dense"))
+        last, share = decisions[-1], wins[most] / len(decisions)
         clear = float(window_medians(margin[:, index], np.array([0, len(log.steps)]))[0])
         evidence = (
-            f"{log.experts[order[0]]} won {100 * share:.0f} % of {len(decisions):,} steps, winner kept from step "
-            f"{settled[index]:,}, median margin {clear:.2f}" + (", contested" if share < _CONTESTED else "")
+            f"{log.experts[most]} won {100 * share:.0f} % of {len(decisions):,} steps, {log.experts[last]} all from "
+            f"step {settled[index]:,}, median margin {clear:.2f}"
+            + (", contested" if share < _CONTESTED or last != most else "")
         )
-        verdicts.append(Verdict(name.removeprefix("base_model.model."), log.experts[order[0]], evidence))
+        verdicts.append(Verdict(name.removeprefix("base_model.model."), log.experts[most], evidence))
     return verdicts
 
 

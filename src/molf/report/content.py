@@ -17,6 +17,8 @@ from .runs import Run
 from .statistics import windows
 
 CURVE_POINTS = 1000
+LOG_SCALE_FROM = 4.0
+"""Largest by smallest loss from which its axis is logarithmic: else the first entries flatten all that follows."""
 
 
 def content(runs: Sequence[Run]) -> dict[str, Any]:
@@ -25,6 +27,7 @@ def content(runs: Sequence[Run]) -> dict[str, Any]:
         "title": runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
         "subtitle": _subtitle(runs),
         "notes": [unfinished(run) for run in runs if not run.finished],
+        "log_scale_from": LOG_SCALE_FROM,
         "columns": COLUMNS,
         "rows": [headline(run) for run in runs],
         "runs": [_run(run) for run in runs],
@@ -71,7 +74,7 @@ def headline(run: Run) -> dict[str, Any]:
         "score": score(run)[1],
         "loss": _number(metrics.get("train_loss")),
         "steps": _number(metrics.get("steps")),
-        "seconds": _number(metrics.get("seconds")),
+        "seconds": _seconds(run),
         "speed": _speed(run),
         "memory": _number(metrics.get("peak_memory_mib")),
         "dense": None if share is None else 100 * share,
@@ -90,6 +93,13 @@ def score(run: Run) -> tuple[str, float | None]:
 def _number(value: Any) -> float | None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     return value if number else None
+
+
+def _seconds(run: Run) -> float | None:
+    """Training time; of a run that was resumed that of all its processes, as the log counts it up to its last entry."""
+    own = _number(run.metrics.get("seconds"))
+    logged = [entry["seconds"] for entry in run.history if "seconds" in entry]
+    return own if own is None or "resumed_from" not in run.metrics else max([own, *logged])
 
 
 def _speed(run: Run) -> float | None:
@@ -115,10 +125,11 @@ def _run(run: Run) -> dict[str, Any]:
     return {
         "name": run.name,
         "curve": curve(run.history),
+        "task": run.config["method"].get("task"),
         "score_name": name,
         "score": value,
         "steps": _number(run.metrics.get("steps")),
-        "seconds": _number(run.metrics.get("seconds")),
+        "seconds": _seconds(run),
         "memory": _number(run.metrics.get("peak_memory_mib")),
         "sentences": [] if run.routing is None else sentences(run.routing),
         "routing": None if run.routing is None else routing_content(run.routing),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .content import curve
+from .content import LOG_SCALE_FROM, curve
 from .routing_content import grid, routing_content
 from .runs import RoutingLog, Run
 
@@ -26,7 +26,7 @@ _STYLE: dict[Any, Any] = {
     "text.parse_math": False,  # names of runs and modules are no formulas
 }
 _TWO_SIDED = ("#2f6690", "#f1efea", "#c4572f")
-_EARLY_TO_LATE = ("#2f6690", "#f1efea")
+_EARLY_TO_LATE = ("#2f6690", "#d9d6cf")
 
 
 def write_figures(runs: Sequence[Run], folder: Path) -> list[Path]:
@@ -69,7 +69,7 @@ def _loss(axes: Axes, runs: Sequence[Run]) -> None:
         if points["steps"]:
             axes.plot(points["steps"], points["loss"], label=run.name, linewidth=1)
             losses += points["loss"]
-    if losses and max(losses) > 20 * min(losses) > 0:
+    if losses and max(losses) > LOG_SCALE_FROM * min(losses) > 0:
         axes.set_yscale("log")
     axes.set(xlabel="step", ylabel="training loss (nats per token)")
     axes.legend()
@@ -110,7 +110,9 @@ def _heat_map(
 
 def _share(axes: Axes, shown: dict[str, Any]) -> None:
     middles = [(first + last) / 2 for first, last in shown["line_windows"]]
-    for projection, line in zip(shown["projections"], shown["line_shares"][0], strict=True):
-        axes.plot(middles, [np.nan if y is None else y for y in line], label=projection, linewidth=1)
+    last = len(shown["projections"]) - 1
+    for i, (projection, line) in enumerate(zip(shown["projections"], shown["line_shares"][0], strict=True)):
+        width = min(4.0, 1 + 0.6 * (last - i))  # lines that lie on one another show as bands
+        axes.plot(middles, [np.nan if y is None else y for y in line], label=projection, linewidth=width)
     axes.set(xlabel="step", ylabel=f"share won by {shown['experts'][0]}", ylim=(-0.03, 1.03))
-    axes.legend(fontsize=6, ncols=2)
+    axes.figure.legend(loc="outside upper center", fontsize=6, ncols=4)

@@ -100,8 +100,10 @@ def _read_run(folder: Path, name: str) -> Run:
         if not isinstance(config.get(part), dict):
             raise ValueError(f"{folder / 'run.json'} has no {part!r}: it was not written by molf train")
     metrics = _read_json(folder / "metrics.json") if (folder / "metrics.json").is_file() else {}
-    log = folder / "routing.jsonl"
-    return Run(name, folder, config, metrics, _history(folder), read_routing_log(log) if log.is_file() else None)
+    routing = read_routing_log(folder / "routing.jsonl") if (folder / "routing.jsonl").is_file() else None
+    if routing is not None and not len(routing.steps):  # killed before its first step
+        routing = None
+    return Run(name, folder, config, metrics, _history(folder), routing)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

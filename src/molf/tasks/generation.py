@@ -59,11 +59,7 @@ def generate(
     rows = [context.fit(prompt_tokens(tokenizer, prompt), max_new_tokens) for prompt in prompts]
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     said = [""] * len(rows)
-    settings = GenerationConfig(
-        do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, eos_token_id=eos, use_cache=True,
-        pad_token_id=eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-        repetition_penalty=1.0, no_repeat_ngram_size=0, temperature=1.0, top_k=50, top_p=1.0,
-    )  # fmt: skip
+    settings = _greedy(tokenizer, max_new_tokens)
     training = model.training
     model.eval()
     try:
@@ -76,6 +72,16 @@ def generate(
     finally:
         model.train(training)
     return said
+
+
+def _greedy(tokenizer: Any, max_new_tokens: int) -> GenerationConfig:
+    """Greedy decoding, with every setting that a model's own ``generation_config`` could bring."""
+    eos = tokenizer.eos_token_id
+    return GenerationConfig(
+        do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, eos_token_id=eos, use_cache=True,
+        pad_token_id=eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        repetition_penalty=1.0, no_repeat_ngram_size=0, temperature=1.0, top_k=50, top_p=1.0,
+    )  # fmt: skip
 
 
 def _continue(rows: list[list[int]], model: Any, settings: GenerationConfig, eos: int) -> list[list[int]]:

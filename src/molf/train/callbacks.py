@@ -51,6 +51,8 @@ class RoutingCallback(TrainerCallback):
         self.recorder: RoutingRecorder | None = None
         self._metrics: RoutingMetrics | None = None
         self._lost: LostUpdates | None = None
+        self._counted: dict[str, Any] | None = None  # the latest record that the metrics have
+        self._lost_share: float | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         """Open the log; on a resume continue it after the resumed step."""
@@ -60,24 +62,28 @@ class RoutingCallback(TrainerCallback):
             self._metrics = RoutingMetrics(own.routed_modules, own.experts)
             self._lost = LostUpdates(own)
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Before a step that may be logged, look at the weights."""
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Before a step that may be logged, look at the weights; it may be made in the backward pass."""
+        self._lost_share = None
         if self.recorder is not None and self._lost is not None and _may_log(args, state):
             self._lost.before_step()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Count the step's decisions."""
-        if self.recorder is not None and self.recorder.latest is not None and self._metrics is not None:
-            self._metrics.add(self.recorder.latest)
+        """Count the step's decisions, unless it was skipped: then there is no new record."""
+        latest = self.recorder.latest if self.recorder is not None else None
+        if latest is None or latest is self._counted or self._metrics is None or self._lost is None:
+            return
+        self._counted = latest
+        self._metrics.add(latest)
+        self._lost_share = self._lost.after_step(latest["winners"])
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """Complete an entry that has the training loss."""
-        if self._metrics is None or self._lost is None or logs is None or "loss" not in logs:
+        if self._metrics is None or logs is None or "loss" not in logs:
             return
         found = self._metrics.take()
-        if self.recorder is not None and self.recorder.latest is not None:
-            lost = self._lost.after_step(self.recorder.latest["winners"])
-            found |= {} if lost is None else {"molf/lost_update_fraction": lost}
+        if self._lost_share is not None:
+            found["molf/lost_update_fraction"] = self._lost_share
         _complete(state, logs, found)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -112,8 +118,8 @@ def _may_log(args: Any, state: Any) -> bool:
 class SpeedCallback(TrainerCallback):
     """Adds ``seconds`` of training so far, ``tokens_per_second`` and ``peak_memory_mib`` to the training logs.
 
-    The seconds go on after a resume: they are those of the run and not of the process. Tokens are those that TRL counts
-    as ``num_tokens``, since the entry before.
+    The seconds go on after a resume, and so do the ``num_tokens`` that TRL counts from 0 in every process: they are
+    those of the run. Tokens per second are since the entry before.
 
     Args:
         peak_memory: Gives the peak memory so far, MiB.
@@ -122,18 +128,26 @@ class SpeedCallback(TrainerCallback):
     def __init__(self, peak_memory: Callable[[], float]) -> None:
         self.peak_memory = peak_memory
         self._begin = 0.0
-        self._last = (0.0, 0.0)  # time and tokens at the entry before; TRL counts from the start of the process
+        self._tokens = 0.0  # of the processes before
+        self._last = (0.0, 0.0)  # time and tokens at the entry before
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clock where the history ends."""
-        before = [entry for entry in state.log_history if "seconds" in entry]
-        now = time.perf_counter()
-        self._begin = now - (before[-1]["seconds"] if before else 0.0)
-        self._last = (now, 0.0)
+        """Start the clock and the count where the history ends."""
+
+        def last(key: str) -> float:
+            return next((entry[key] for entry in reversed(state.log_history) if key in entry), 0.0)
+
+        now, self._tokens = time.perf_counter(), last("num_tokens")
+        self._begin = now - last("seconds")
+        self._last = (now, self._tokens)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        """Complete an entry that has the training loss."""
-        if logs is None or "loss" not in logs:
+        """Complete an entry that has the training loss; in any, count on."""
+        if logs is None:
+            return
+        if "num_tokens" in logs:
+            _complete(state, logs, {"num_tokens": logs["num_tokens"] + self._tokens})
+        if "loss" not in logs:
             return
         now = time.perf_counter()
         found = {"seconds": now - self._begin, "peak_memory_mib": self.peak_memory()}

@@ -1,4 +1,4 @@
-"""``molf train --dry_run``: one real step, its peak memory, and what ``molf plan`` says of it."""
+"""``molf train --dry_run``: real steps, their peak memory, and what ``molf plan`` says of it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from ..optim.virtual import shares_storage
 from ..plan.memory import Plan, Workload, plan_method
 from .arguments import MethodArguments, TrainArguments
 from .load import naming
@@ -32,24 +33,32 @@ class DryRun:
         plan: The estimate.
         batch: Sequences in the larger of the batches.
         length: Tokens per sequence of the longest batch.
+        shared: Bytes of W that were still the layer's own weight, because no LoRA expert of the layer had won.
     """
 
     measured: float
     plan: Plan
     batch: int
     length: int
+    shared: int = 0
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """The plan by kind for what these steps held, bytes: without the copies of W that are yet to come."""
+        memory = self.plan.memory()
+        return {**memory, "masters": memory["masters"] - self.shared}
 
     @property
     def estimated(self) -> int:
         """Peak memory by the plan, bytes."""
-        return sum(self.plan.memory().values())
+        return sum(self.memory.values())
 
 
-class _InputShape(TrainerCallback):
-    """Notes the largest batch that reaches the model's embedding."""
+class _Watch(TrainerCallback):
+    """Notes the largest batch that reaches the model's embedding, and how much of W needs no memory of its own."""
 
     def __init__(self) -> None:
-        self.batch = self.length = 0
+        self.batch = self.length = self.shared = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Look at what the embedding is given."""
@@ -61,12 +70,19 @@ class _InputShape(TrainerCallback):
 
         model.get_input_embeddings().register_forward_pre_hook(look)
 
+    def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        """Look at which W are the weights themselves."""
+        states = getattr(optimizer, "optimizer", optimizer).state.items()
+        bases = [each["base"] for weight, each in states if "base" in each and shares_storage(each["base"], weight)]
+        self.shared = sum(base.numel() * base.element_size() for base in bases)
+
 
 def dry_run(method: MethodArguments, args: TrainArguments) -> DryRun:
-    """Make a real step in a scratch folder, and estimate the memory of the same batch.
+    """Make real steps in a scratch folder, and estimate the memory of the same batch.
 
-    A step is made before it, because AdamW has its moments from the second step on. On a CPU, memory is the growth of
-    the process, so the whole is done twice: the first time loads the libraries' code, which is no part of the model.
+    Three steps: AdamW has its moments from the second on, and in fp32 a LoRA expert that wins the second, the first
+    with a learning rate above 0, makes a copy of W that the third holds. On a CPU, memory is the growth of the process,
+    so the whole is done twice: the first time loads the libraries' code, which is no part of the model.
 
     Raises:
         ValueError: As of ``train``.
@@ -74,37 +90,38 @@ def dry_run(method: MethodArguments, args: TrainArguments) -> DryRun:
     """
     if not torch.cuda.is_available():
         _keep_no_freed_memory()
-        _two_steps(method, args)
+        _few_steps(method, args)
         gc.collect()
         _keep_no_freed_memory()
-    measured, shape = _two_steps(method, args)
+    measured, seen = _few_steps(method, args)
     model = model_config(method, args)
-    work = workload(method, args, model, shape.length)
+    work = workload(method, args, model, seen.length)
     plan = plan_method(method.method, method.molf_config(args), work)
-    return DryRun(measured * 2**20, plan, shape.batch, shape.length)
+    return DryRun(measured * 2**20, plan, seen.batch, seen.length, seen.shared)
 
 
 def compared(found: DryRun) -> str:
     """Measured and estimated peak, and the estimate by kind, MiB."""
-    memory = {kind: size for kind, size in found.plan.memory().items() if size}
-    kinds = ", ".join(f"{kind} {size / 2**20:.1f}" for kind, size in memory.items())
+    kinds = ", ".join(f"{kind} {size / 2**20:.1f}" for kind, size in found.memory.items() if size)
+    more = f"\nup to {found.shared / 2**20:.1f} MiB more, for W, from each layer's first win of a LoRA expert on"
     measured, estimated = found.measured / 2**20, found.estimated / 2**20
     return (
-        f"one step of {found.batch} x {found.length} tokens took {measured:.1f} MiB at its peak; the estimate is "
-        f"{estimated:.1f} MiB ({100 * (estimated / measured - 1):+.1f} %)\nestimated MiB: {kinds}"
+        f"a step of {found.batch} x {found.length} tokens took {measured:.1f} MiB at its peak; the estimate is "
+        f"{estimated:.1f} MiB ({100 * (estimated / measured - 1):+.1f} %)\n"
+        f"estimated MiB: {kinds}{more if found.shared else ''}"
     )
 
 
-def _two_steps(method: MethodArguments, args: TrainArguments) -> tuple[float, _InputShape]:
-    args, shape = copy.deepcopy(args), _InputShape()
+def _few_steps(method: MethodArguments, args: TrainArguments) -> tuple[float, _Watch]:
+    args, seen = copy.deepcopy(args), _Watch()
     method = copy.deepcopy(method)
     method.eval_at_end = False
-    args.max_steps, args.save_strategy, args.disable_tqdm = 2, "no", True
+    args.max_steps, args.save_strategy, args.disable_tqdm = 3, "no", True
     args.report_to = []  # what "none" has become
     args.resume_from_checkpoint = None
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         args.output_dir = folder
-        return train(method, args, [shape])["peak_memory_mib"], shape
+        return train(method, args, [seen])["peak_memory_mib"], seen
 
 
 def _keep_no_freed_memory() -> None:
@@ -128,6 +145,7 @@ def workload(method: MethodArguments, args: TrainArguments, model: Any, length: 
         checkpointing=bool(args.activation_checkpointing),
         autocast=bool(args.bf16),
         fused="fused" in str(args.optim),
+        quantization=method.quantization,
         trust_remote_code=args.trust_remote_code,
     )
 

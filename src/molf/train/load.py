@@ -136,5 +136,7 @@ def _damaged(name: str, error: Exception) -> ValueError:
 def versions(*more: str) -> dict[str, str]:
     """Versions of Python, of the packages that decide the numbers and of ``more``, and the device."""
     found = {name: importlib.metadata.version(name) for name in (*_PACKAGES, *more)}
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    cpu = f"cpu, {threads} thread{'s' if threads > 1 else ''}"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
     return {"python": platform.python_version(), "device": device, **found}

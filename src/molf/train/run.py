@@ -33,7 +33,7 @@ from .checkpoints import WholeCheckpoints, writing
 from .data import fit_examples, load_data
 from .files import sync, write_json
 from .load import hub_commit, load_model, load_tokenizer, naming, versions
-from .methods import METHODS, Adapted, Method
+from .methods import METHODS, Adapted
 from .nonfinite import FiniteSteps, skipped_steps
 from .quantize import PACKAGES, keep_adapters_in_fp32, quantized
 from .resume import find_checkpoint, finished, is_over
@@ -52,11 +52,8 @@ def train(method: MethodArguments, args: TrainArguments, callbacks: Sequence[Tra
         OSError: If the model or the data cannot be read.
         NonFiniteError: If a loss, gradient or weight is NaN or infinite; the last checkpoint is good.
     """
-    method.check_training(args)
-    config = method.molf_config(args)
     spec = METHODS[method.method]
-    _take_over(args, spec, config)
-    resolved = _resolved(method, config, args)
+    config, resolved = _resolved(method, args)
     if (ended := finished(args.resume_from_checkpoint, str(args.output_dir), resolved)) is not None:
         return ended
     checkpoint = find_checkpoint(args.resume_from_checkpoint, str(args.output_dir), resolved)
@@ -98,25 +95,22 @@ def train(method: MethodArguments, args: TrainArguments, callbacks: Sequence[Tra
         records = read_routing(out / "routing.jsonl")[1]
         metrics["expert_share"] = {name: expert_share(records, i) for i, name in enumerate(config.experts)}
     if task is not None and method.eval_at_end:
-        for part, of_part in scored.items():
-            found = task.evaluate(trainer.model, tokenizer, of_part, description=f"evaluate {part or method.method}")
-            metrics |= {part: found} if part else found
+        metrics |= _scores(task, trainer.model, tokenizer, scored, method.method)
     write_json(out / "metrics.json", metrics)
     return metrics
 
 
-def _take_over(args: TrainArguments, spec: Method, config: MoLFConfig) -> None:
-    """Set the Trainer's arguments that the method decides."""
-    if spec.routes:
+def _resolved(method: MethodArguments, args: TrainArguments) -> tuple[MoLFConfig, dict[str, Any]]:
+    """The experts, and all of ``run.json``; ``args`` gets the rate, decay and clipping that its AdamW is to have."""
+    method.check_training(args)
+    config = method.molf_config(args)
+    if METHODS[method.method].routes:
         args.max_grad_norm = 0.0  # the optimizer clips, because only it knows the virtual gradients
-    elif spec.adapter:
+    elif METHODS[method.method].adapter:
         args.learning_rate, args.weight_decay = config.lora_lr, config.lora_weight_decay
-
-
-def _resolved(method: MethodArguments, config: MoLFConfig, args: TrainArguments) -> dict[str, Any]:
     found = versions(*PACKAGES[method.quantization])
     training = {**args.to_dict(), "eos_token": args.eos_token}  # which transformers takes for a secret
-    return {"method": asdict(method), "molf": asdict(config), "training": training, "versions": found}
+    return config, {"method": asdict(method), "molf": asdict(config), "training": training, "versions": found}
 
 
 class _Trainer(FiniteSteps, WholeCheckpoints, SFTTrainer):
@@ -146,6 +140,15 @@ def _save(trainer: Any, adapted: Adapted | None, out: Path) -> None:
             adapted.save_on_original_base(out)
         for path in out.iterdir():
             sync(path)
+
+
+def _scores(task: Task, model: Any, tokenizer: Any, scored: dict[str, Sequence[Any]], method: str) -> dict[str, Any]:
+    """The task's metrics of every part of the records; those of the part without a name stand by themselves."""
+    metrics: dict[str, Any] = {}
+    for part, records in scored.items():
+        found = task.evaluate(model, tokenizer, records, description=f"evaluate {part or method}")
+        metrics |= {part: found} if part else found
+    return metrics
 
 
 def _run(trainer: Any, checkpoint: str | None, memory: _PeakMemory) -> dict[str, Any]:

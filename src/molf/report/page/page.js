@@ -19,6 +19,7 @@ const element = (tag, text = "", className = "") => {
 };
 
 const AXES = [["steps", "Steps"], ["seconds", "Seconds"], ["tokens", "Tokens"]];
+const comparable = new Set(D.runs.filter((run) => run.score !== null).map((run) => run.task)).size < 2;
 const routed = D.runs.map((run, index) => index).filter((index) => D.runs[index].routing);
 const state = { axis: "steps", run: routed[0], expert: 0, window: -1, sort: null, timer: null };
 
@@ -37,6 +38,10 @@ function layout(extra = {}) {
 function draw(id, traces, extra) {
   Plotly.react(id, traces, layout(extra), { displayModeBar: false, responsive: true, scrollZoom: false });
 }
+function height(id, names, plot) { // of a chart with room for its legend above the plot
+  const entry = 48 + 7 * Math.max(...names.map((name) => Math.min(String(name).length, 28)));
+  return plot + 20 * Math.ceil(names.length / Math.max(1, Math.floor(($(id).clientWidth - 60) / entry)));
+}
 function empty(id, text) { Plotly.purge(id); $(id).replaceChildren(element("p", text, "quiet")); }
 
 function drawLoss() {
@@ -51,18 +56,20 @@ function drawLoss() {
   $("loss-note").textContent = "Training loss, nats per token, as the trainer logged it." +
     (averaged > 1 ? ` Long logs are thinned: each point is the mean of about ${averaged} entries.` : "");
   if (!traces.length) return empty("loss", "No run has a log of its loss with this axis.");
-  const losses = traces.flatMap((trace) => trace.y), wide = Math.min(...losses) > 0 && Math.max(...losses) > 20 * Math.min(...losses);
+  const losses = traces.flatMap((trace) => trace.y), least = losses.reduce((a, b) => Math.min(a, b));
+  const ratio = losses.reduce((a, b) => Math.max(a, b)) / least, wide = least > 0 && ratio > D.log_scale_from;
   draw("loss", traces, {
-    xaxis: { title: { text: label } }, showlegend: D.runs.length > 1,
-    yaxis: wide ? { title: { text: "Loss, log scale" }, type: "log", dtick: 1, exponentformat: "none" } : { title: { text: "Loss" } },
+    xaxis: { title: { text: label } }, showlegend: D.runs.length > 1, height: height("loss", D.runs.map((run) => run.name), 270),
+    yaxis: wide ? { title: { text: "Loss, log scale" }, type: "log", dtick: ratio > 100 ? 1 : "D2", exponentformat: "none" } : { title: { text: "Loss" } },
   });
 }
 function drawScore() {
   const axis = state.axis, label = AXES.find(([key]) => key === axis)[1];
   const x = (run) => axis === "tokens" ? run.curve.tokens.at(-1) ?? null : run[axis];
   const shown = D.runs.map((run, index) => [run, index]).filter(([run]) => run.score !== null && x(run) !== null);
-  const name = shown.length ? shown[0][0].score_name : "";
-  $("score-caption").textContent = shown.length ? `The task's ${name} at the end of each run, higher is better.` : "";
+  const name = shown.length ? shown[0][0].score_name.replaceAll("_", " ") : "";
+  $("score-caption").textContent = !shown.length ? "" : comparable ? `The task's ${name} at the end of each run, higher is better.`
+    : "Each run's own task: scores of different tasks cannot be compared.";
   if (!shown.length) return empty("score", "No run was scored, or none has this axis.");
   const traces = shown.map(([run, index]) => ({
     x: [x(run)], y: [run.score], name: shortened(run.name), type: "scatter", mode: "markers",
@@ -71,6 +78,7 @@ function drawScore() {
   }));
   draw("score", traces, {
     xaxis: { title: { text: label }, rangemode: "tozero", nticks: 6 }, yaxis: { title: { text: "Score" } }, showlegend: true,
+    height: height("score", shown.map(([run]) => run.name), 270),
   });
 }
 function bars(id, key, digits) {
@@ -114,7 +122,7 @@ function drawWon() {
   const r = routing(), two = r.experts.length === 2, all = state.window < 0;
   const values = all ? r.whole[state.expert] : r.shares[state.expert][state.window];
   const name = escaped(r.experts[state.expert]);
-  const scale = two ? [[0, color("--other")], [0.5, color("--middle")], [1, color("--first")]] : [[0, color("--middle")], [1, color("--first")]];
+  const scale = two ? [[0, color("--other")], [0.5, color("--middle")], [1, color("--first")]] : [[0, color("--low")], [1, color("--first")]];
   heatMap("won", values, {
     zmin: 0, zmax: 1, colorscale: scale, hovertemplate: `%{customdata}<br>${name} won %{z:.1%}<extra></extra>`,
   }, two ? { tickvals: [0, 0.5, 1], ticktext: [escaped(r.experts[1]), "even", escaped(r.experts[0])] } : { tickformat: ".0%" });
@@ -124,20 +132,20 @@ function drawWon() {
   $("won-note").textContent = `Share of steps that ${r.experts[state.expert]} won, by layer and projection. The slider's first position is the whole run; ` +
     (width > 1 ? `each other one is about ${width} steps.` : "each other one is a step.");
 }
-function lines(id, rows, title, format, range) {
+function lines(id, rows, title, format, range, width) {
   const r = routing();
   const traces = rows.map((y, index) => ({
     x: r.line_windows.map(([from, to]) => (from + to) / 2), y, name: shortened(r.projections[index]), type: "scatter", mode: "lines",
-    line: { color: runColor(index), width: 1.8, dash: DASHES[Math.floor(index / 8) % 4] }, connectgaps: false,
+    line: { color: runColor(index), width: width(rows.length - 1 - index), dash: DASHES[Math.floor(index / 8) % 4] }, connectgaps: false,
     customdata: r.line_windows.map(([from, to]) => from === to ? `step ${from}` : `steps ${from} to ${to}`),
     hovertemplate: `%{fullData.name}<br>%{customdata}: %{y:${format}}<extra></extra>`,
   }));
-  draw(id, traces, { height: 330, xaxis: { title: { text: "Step" } }, yaxis: { title: { text: title }, tickformat: format === ".1%" ? ".0%" : "", range } });
+  draw(id, traces, { height: height(id, r.projections, 290), xaxis: { title: { text: "Step" } }, yaxis: { title: { text: title }, tickformat: format === ".1%" ? ".0%" : "", range } });
 }
 function drawSpecial() {
   const r = routing(), steps = r.specialised.map((step) => step < 0 ? null : step);
   heatMap("special", steps, {
-    zmin: r.first_step, zmax: r.last_step, colorscale: [[0, color("--accent")], [1, color("--middle")]],
+    zmin: r.first_step, zmax: r.last_step, colorscale: [[0, color("--accent")], [1, color("--low")]], // and not that of an empty cell
     hovertemplate: "%{customdata}<br>one winner from step %{z:,}<extra></extra>",
   }, { title: { text: "step", side: "right" }, nticks: 5 });
   const sorted = steps.filter((step) => step !== null).sort((a, b) => a - b);
@@ -154,11 +162,11 @@ function drawRouting() {
   $("window").max = r.windows.length - 1;
   $("window").value = state.window;
   drawWon();
-  lines("share", r.line_shares[state.expert], `Won by ${escaped(r.experts[state.expert])}`, ".1%", [-0.02, 1.02]);
+  lines("share", r.line_shares[state.expert], `Won by ${escaped(r.experts[state.expert])}`, ".1%", [-0.02, 1.02], (above) => Math.min(6, 1.8 + 0.9 * above)); // those that lie on one another show as bands
   $("share-note").textContent = `Share of a projection's decisions that ${r.experts[state.expert]} won` +
     (r.line_windows.some(([a, b]) => b > a) ? `, over windows of about ${r.line_windows[0][1] - r.line_windows[0][0] + 1} steps.` : ", step by step.");
   if (r.experts.length < 2) empty("margin", "With one expert there is no decision.");
-  else lines("margin", r.line_margins, "Margin", ".2f", [-0.02, 1.02]);
+  else lines("margin", r.line_margins, "Margin", ".2f", [-0.02, 1.02], () => 1.8);
   drawSpecial();
 }
 
@@ -210,7 +218,7 @@ function drawHeadline() {
     columns.forEach((column, place) => {
       const value = D.rows[index][column.key];
       const cell = element("td", "digits" in column ? number(value, column.digits) : value ?? "–", "digits" in column ? "number" : "");
-      if (column.key === "score" && D.rows.length > 1 && value === best) cell.classList.add("best");
+      if (column.key === "score" && D.rows.length > 1 && comparable && value === best) cell.classList.add("best");
       if (place === 0 && D.rows.length > 1) {
         const dot = element("span", "", "dot");
         dot.style.background = `var(--c${index % 8})`;
@@ -279,7 +287,7 @@ function drawAll() {
 $("title").textContent = D.title;
 $("subtitle").textContent = D.subtitle;
 $("notes").replaceChildren(...D.notes.map((note) => element("li", note)));
-$("score-note").textContent = [...new Set(D.runs.map((run) => run.score_name).filter(Boolean))].map((name) => `Score is the task's primary metric, ${name.replaceAll("_", " ")}, in percent.`).join(" ");
+$("score-note").textContent = [...new Set(D.runs.map((run) => run.score_name).filter(Boolean))].map((name) => `Score is the task's primary metric${name === "score" ? "" : ", " + name.replaceAll("_", " ")}, in percent.`).join(" ");
 drawHeadline();
 drawConfiguration();
 $("find").oninput = drawConfiguration;
