@@ -48,8 +48,8 @@ class MoLFAdamW(MoLFState):
 
     ``state[weight]`` holds ``step``, ``exp_avg``, ``exp_avg_sq`` and, for virtual experts, ``base`` (W, laid
     out like the weight), ``lora_A`` (R, in), ``lora_B`` (out, R, true B_i without the scale) and their moments.
-    Moments are fp32 for models in bf16 or fp16, and every trained value then has an fp32 master, ``base``; in fp32 ``base``
-    is the weight itself until a LoRA expert of the layer wins. With ``keep_base=False`` there is no ``base`` at all.
+    Moments are fp32 for models in bf16 or fp16, and every trained value then has an fp32 master, ``base``. In fp32
+    ``base`` is the weight itself until a LoRA expert of the layer wins. With ``keep_base=False`` there is no ``base``.
 
     Args:
         params: Parameter groups with the key "expert".
