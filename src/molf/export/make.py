@@ -151,6 +151,10 @@ def _lossless(run: TrainedRun, trained: _Trained, stage: Path, options: ExportOp
     """Write one of the forms that lose nothing but a rounding, and compare it with the trained model."""
     experts: list[str] = []
     dtype = DTYPES.get(options.dtype)
+    exact, untrained = trained.tolerance(torch.float32), None
+    if run.has_adapter:  # looked at before a merge takes the adapter away
+        with trained.model.disable_adapter():
+            untrained = trained.difference(trained.model)
     if options.to == "merged":
         written = dtype or trained.dtype
         limit = trained.tolerance(written)
@@ -168,10 +172,8 @@ def _lossless(run: TrainedRun, trained: _Trained, stage: Path, options: ExportOp
         limit, rule = options.tolerance, f"{options.tolerance:.3g}, as asked for"
     found = trained.difference(verify.reload(run, stage, experts))
     _accept(found, limit, "the trained model")
-    exact = found.max_abs <= trained.tolerance(torch.float32)
-    if run.has_adapter and options.tolerance is None and not exact:  # a coarse tolerance may hide that nothing is left
-        with trained.model.disable_adapter():
-            _nearer(found, trained.difference(trained.model), "a higher precision with --dtype")
+    if untrained is not None and options.tolerance is None and found.max_abs > exact:
+        _nearer(found, untrained, "a higher precision with --dtype")  # a coarse tolerance may hide that nothing is left
     return {
         "dtype": _name(written),
         "folders": experts,
