@@ -90,7 +90,7 @@ def test_a_run_with_other_data_or_arithmetic_is_not_continued(tmp_path: Path, wo
     runs = []
     for more in ([], words):
         method, args = parse([*first, *more])
-        runs.append(_resolved(method, method.molf_config(args), args))
+        runs.append(_resolved(method, args)[1])
     (tmp_path / "run.json").write_text(json.dumps(runs[0], default=str))
     check_same(tmp_path, runs[0])
     with pytest.raises(ValueError, match=f"^{words[0][2:]} was .*, now it is .*: a resumed run continues exactly"):
