@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 from importlib import import_module
 
@@ -33,6 +34,13 @@ _SMALLER = (
 )
 
 
+_CONTINUE = (
+    "Its own message, or the launcher's, says why; --resume_from_checkpoint auto continues from the last checkpoint"
+)
+_PATIENCE = 3.0
+"""Seconds that other processes leave to the first one: it says what all of them know, and the launcher ends them."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 2 for an error that the user can mend, 130 for an interrupt.
 
@@ -59,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, NonFiniteError, ResumeError) as error:
         return _fail(str(error) or type(error).__name__)
     except (MemoryError, RuntimeError) as error:
+        if _lost_process(error):
+            return _fail(f"another process of this run has ended ({error}). {_CONTINUE}")
         if not _out_of_memory(error):
             raise
         return _fail(f"out of memory: {str(error).strip() or type(error).__name__}. {_SMALLER}")
@@ -73,6 +83,15 @@ def _out_of_memory(error: Exception) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
+def _lost_process(error: Exception) -> bool:
+    """NCCL's errors have a class; gloo's are RuntimeErrors like any other."""
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+
+
 def _fail(message: str) -> int:
+    process = int(os.environ.get("RANK", "0"))
+    if process > 0:
+        time.sleep(_PATIENCE)
+        message = f"process {process}: {message}"
     print(f"molf: error: {' '.join(message.split())}", file=sys.stderr)
     return 2
