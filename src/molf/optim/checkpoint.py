@@ -8,8 +8,21 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .quantized import as_float, is_quantized
+from .sharding import local
 
 _SETTINGS = tuple("expert expert_ranks scales score_fn top_k policy random_shares policy_seed param_names".split())
+
+
+def with_bare_groups(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A saved state whose groups without parameters have their settings, which the first group repeats."""
+    if not isinstance(state_dict, dict) or not isinstance(state_dict.get("param_groups"), list):
+        return state_dict
+    groups = [dict(group) for group in state_dict["param_groups"]]
+    bare: dict[str, Any] = next(
+        (group.pop("without_parameters") for group in groups if "without_parameters" in group), {}
+    )
+    groups = [{**bare.get(str(i), {}), **group} for i, group in enumerate(groups)]
+    return {**state_dict, "param_groups": groups}
 
 
 def check_loadable(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
@@ -39,7 +52,8 @@ def check_loadable(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     ids = [index for group in saved_groups for index in group["params"]]
     parameters = [parameter for group in groups for parameter in group["params"]]
     own_names = [name for group in groups for name in group["param_names"]]
-    if ids != list(range(len(parameters))):
+    by_name = all(isinstance(index, str) for index in ids)  # torch's distributed checkpoint names parameters
+    if len({*ids}) != len(parameters) or not (by_name or ids == list(range(len(parameters)))):
         raise ValueError(
             "the optimizer state numbers its parameters in another order: it was not saved by state_dict()"
         )
@@ -59,7 +73,7 @@ def _check_entry(name: str, saved: dict[str, Any], own: dict[str, Any]) -> None:
             raise ValueError(f"{key} of {name} is kept otherwise in the optimizer state: use the same moments_8bit")
         if saved[key].dtype != value.dtype:
             raise ValueError(f"{key} of {name} is {saved[key].dtype} in the optimizer state, here {value.dtype}")
-        if not as_float(saved[key]).isfinite().all():
+        if not as_float(local(saved[key])).isfinite().all():
             raise ValueError(f"{key} of {name} is not finite in the optimizer state: take an older checkpoint")
 
 

@@ -85,6 +85,9 @@ class MoLFConfig:
     step_in_backward: bool = _help(
         "Step every layer in the backward pass and free its gradient at once; no accumulation, no max_grad_norm.", False
     )
+    check_ranks_every: int | None = _help(
+        "Of several processes: compare what must be equal in all of them every this many steps; None never.", None
+    )
     train_other: bool | None = _help(
         "Train what is not routed; None means yes with a dense expert and no without one.", None
     )
@@ -109,10 +112,13 @@ class MoLFConfig:
             value = getattr(self, name)
             if not isinstance(value, bool) and not (name == "train_other" and value is None):
                 raise ValueError(f"{name}={value!r}: must be True or False")
-        for name in ("top_k", "policy_seed"):
-            if not _is_integer(getattr(self, name)):
-                raise ValueError(f"{name}={getattr(self, name)!r}: must be an integer")
-            self._set(name, int(getattr(self, name)))
+        for name in ("top_k", "policy_seed", "check_ranks_every"):
+            value = getattr(self, name)
+            if name == "check_ranks_every" and value is None:
+                continue
+            if not _is_integer(value):
+                raise ValueError(f"{name}={value!r}: must be an integer")
+            self._set(name, int(value))
         ranks = (self.expert_ranks,) if _is_integer(self.expert_ranks) else self.expert_ranks
         if not isinstance(ranks, (list, tuple)) or not all(_is_integer(rank) for rank in ranks):
             raise ValueError(f"expert_ranks={self.expert_ranks!r}: give the ranks as a list of integers")
@@ -207,6 +213,8 @@ class MoLFConfig:
             )
         if self.max_grad_norm is not None and not _FP32.tiny <= self.max_grad_norm < math.inf:
             raise ValueError(f"max_grad_norm={self.max_grad_norm}: must be positive; use None for no clipping")
+        if self.check_ranks_every is not None and self.check_ranks_every < 1:
+            raise ValueError(f"check_ranks_every={self.check_ranks_every}: must be at least 1; use None for never")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout={self.lora_dropout}: must be from 0 up to, not including, 1")
 

@@ -10,6 +10,7 @@ from .config import MoLFConfig
 from .layout import RoutedModule, Slot
 from .modules import Target, apply_trainability, find_routed
 from .molf_adamw import MoLFAdamW
+from .sharding import check_sharding
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -21,7 +22,9 @@ def create_molf_optimizer(model: nn.Module, config: MoLFConfig | None = None, **
     An ordinary model gets virtual LoRA experts: it stays as it is, and what is trained, evaluated and
     saved is the same weight P = W + Σ s_i B_i A_i. A PEFT model made with ``molf_lora_config(config)``
     has the experts in its adapter: MoLF-Efficient with ``train_base=False``, else the superposed MoLF.
-    ``requires_grad`` is set as the config says, so make the optimizer before the first backward pass.
+    ``requires_grad`` is set as the config says, so make the optimizer before the first backward pass: after
+    ``fully_shard``, which replaces the parameters, and before or after ``DistributedDataParallel``. In a process group
+    every process makes one.
 
     Args:
         model: Any ``nn.Module``, or a PEFT model with one LoRA adapter.
@@ -43,15 +46,30 @@ def create_molf_optimizer(model: nn.Module, config: MoLFConfig | None = None, **
         listed = ", ".join(f"{name}={value!r}" for name, value in unsupported.items())
         raise ValueError(f"{listed}: MoLF has no such option; every setting is a field of MoLFConfig")
     config = MoLFConfig() if config is None else config
+    model, wrapped = _unwrapped(model)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     targets = find_routed(model, config)
     others = apply_trainability(model, targets, config)
+    late = [name for name, p in model.named_parameters() if wrapped and p.requires_grad and name not in trained]
+    if late:
+        raise ValueError(
+            f"{late[0]} was frozen when the model was wrapped in DistributedDataParallel, which would not reduce its "
+            "gradient: make the optimizer before wrapping the model"
+        )
     groups = _expert_groups(config)
     modules = [_add_target(groups, target, config) for target in targets]
     for name, parameter in others:
         _add(groups["other" if parameter.dim() >= 2 else "other_no_decay"], name, parameter)
+    named = [pair for group in groups.values() for pair in zip(group["param_names"], group["params"], strict=True)]
+    check_sharding(model, named, config)
     kept = [group for group in groups.values() if group["params"] or group["expert"] in config.experts]
     index = {group["expert"]: position for position, group in enumerate(kept)}
     return MoLFAdamW(kept, config, [_routed(config, target, slots, index) for target, slots in modules])
+
+
+def _unwrapped(model: nn.Module) -> tuple[nn.Module, bool]:
+    """The model inside a DistributedDataParallel, and whether there was one."""
+    return (model.module, True) if isinstance(model, nn.parallel.DistributedDataParallel) else (model, False)
 
 
 def _expert_groups(config: MoLFConfig) -> dict[str, dict[str, Any]]:

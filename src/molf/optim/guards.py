@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .adamw import moment_dtype
 from .scalars import stack
+from .sharding import local
 
 
 class NonFiniteError(ArithmeticError):
@@ -37,7 +38,7 @@ class WrittenTensors:
 
     def remember(self, tensors: Iterable[Tensor]) -> None:
         """Take the tensors as they are now."""
-        self._versions = [(id(tensor), tensor._version) for tensor in tensors]
+        self._versions = [(id(tensor), local(tensor)._version) for tensor in tensors]
 
     def check(self, tensors: Iterable[Tensor], derived: Callable[[], Iterable[tuple[str, Tensor, Tensor]]]) -> None:
         """Raise if a tensor no longer holds what the state says.
@@ -49,7 +50,7 @@ class WrittenTensors:
         Raises:
             RuntimeError: Naming the tensor; the step would have undone the change.
         """
-        now = [(id(tensor), tensor._version) for tensor in tensors]
+        now = [(id(tensor), local(tensor)._version) for tensor in tensors]
         if now == self._versions:
             return
         for name, tensor, content in derived():
@@ -116,23 +117,33 @@ class GradientCheck:
         )
 
 
-def check_gradients(grads: Sequence[tuple[str, Tensor]], limit: float | None) -> GradientCheck:
-    """Look at all gradients: sums of their elements, or with a limit c their norms and min(1, c / (‖g‖ + 1e-6)).
+def look_at(grads: Sequence[Tensor], limit: float | None) -> Tensor:
+    """A number of each gradient that is finite if and only if the gradient is: its squared norm if there is a limit.
+
+    Both are sums over elements: those of the parts of a tensor add up to the tensor's.
+    """
+    if not grads:
+        return torch.zeros(0)
+    return stack(probes(grads)) if limit is None else stack(_norms(grads)).double().square()
+
+
+def check_gradients(names: Sequence[str], values: Tensor, limit: float | None) -> GradientCheck:
+    """Whether all gradients are finite, and with a limit c the clipping factor min(1, c / (‖g‖ + 1e-6)).
 
     Args:
-        grads: Name and gradient.
+        names: Of the gradients.
+        values: Of each what ``look_at`` saw.
         limit: c, the largest total norm ‖g‖ that is left alone.
 
     Raises:
         NonFiniteGradientError: On the CPU, if a gradient is not finite; elsewhere ``gate`` will tell.
     """
-    if not grads:
-        return GradientCheck((), torch.zeros(0), None, None)
-    tensors, clip = [grad for _, grad in grads], None
-    values = stack(probes(tensors) if limit is None else _norms(tensors))
+    clip = None
+    if not names:
+        return GradientCheck((), values, None, None)
     if limit is not None:
-        clip = (limit / (torch.linalg.vector_norm(values.double()) + 1e-6)).clamp(max=1.0)
-    names = tuple(name for name, _ in grads)
+        clip = (limit / (values.sum().sqrt() + 1e-6)).clamp(max=1.0)
+    names = tuple(names)
     if not on_host(values):
         return GradientCheck(names, values, clip, values.isfinite().all())
     check = GradientCheck(names, values, None if clip is None or clip == 1.0 else clip, None)

@@ -24,13 +24,14 @@ from . import virtual
 from .adamw import Coefficients, Tracking, step_numbers
 from .backward import BackwardHooks
 from .config import MoLFConfig
-from .guards import GradientCheck, ResumeError, check_gradient, check_gradients
+from .guards import GradientCheck, ResumeError, check_gradient, check_gradients, look_at
 from .layout import RoutedModule
 from .passes import Passes, adamw_all, track_all, unrouted_all
 from .policy import priorities
 from .quantized import is_quantized
 from .routing import Decision, Routing, decide
 from .scalars import stack
+from .sharding import Shards, first_row, local, processes
 from .state import MoLFState, Unrouted
 
 
@@ -113,6 +114,8 @@ class MoLFAdamW(MoLFState):
         Raises:
             NonFiniteGradientError: If a gradient is NaN or infinite; nothing has changed then.
             ResumeError: If, after a resume, a module that always had gradients no longer gets one.
+            RuntimeError: If processes differ, by ``check_ranks_every``, or the model was sharded after its optimizer
+                was made.
             ValueError: If a closure is given, or a gradient is sparse.
         """
         if closure is not None:
@@ -120,12 +123,17 @@ class MoLFAdamW(MoLFState):
         if self._in_backward is not None:
             self._finish_backward(self._in_backward)
             return
+        if processes() > 1:
+            self._check_processes()
         self._check_written()
         active = [module for module in self.modules if self._has_gradients(module)]
         self._check_resumed({module.name for module in active})
         self.decisions = []
         self._step(active, [each for each in self._others() if each.parameter.grad is not None])
         self._remember_written()
+        every = self.config.check_ranks_every
+        if every is not None and processes() > 1 and self.steps_taken % every == 0:
+            self.compare_replicas()
 
     @torch.no_grad()
     def _step_unit(self, index: int) -> None:
@@ -172,7 +180,7 @@ class MoLFAdamW(MoLFState):
         self, active: Sequence[RoutedModule], others: Sequence[Unrouted], counts: Mapping[int, float]
     ) -> tuple[GradientCheck, list[list[int]]]:
         """Moments, scores and the winners of every module; nothing has changed if a gradient is not finite."""
-        pairs = [self._pair_gradients(module) for module in active] if self.config.expert_ranks else []
+        pairs = [list(self._pair_gradients(module)) for module in active] if self.config.expert_ranks else []
         check = self._check_gradients(active, others, pairs)
         if not active:
             check.raise_if_broken(check.gate is None or bool(check.gate))
@@ -184,9 +192,7 @@ class MoLFAdamW(MoLFState):
         self.decisions.append(decision)
         return check, decision.winners
 
-    def _track(
-        self, active: Sequence[RoutedModule], pairs: Sequence[tuple[Tensor, Tensor]], check: GradientCheck
-    ) -> Tensor:
+    def _track(self, active: Sequence[RoutedModule], pairs: Sequence[Sequence[Tensor]], check: GradientCheck) -> Tensor:
         """Universal momentum tracking; returns what the scores sum over each expert's elements, (M, E)."""
         columns = []
         if self.config.train_base:
@@ -200,10 +206,30 @@ class MoLFAdamW(MoLFState):
             jobs = []
             for module, grads in zip(active, pairs, strict=True):
                 jobs += [(g, *each[1:3], None) for g, each in zip(grads, self._pair(module), strict=True)]
-            sums = stack(self._run_tracking(self._lora_experts[0], jobs, check)).view(len(active), 2, -1).sum(1)
+            found = self._run_tracking(self._lora_experts[0], jobs, check)
+            if self.shards is not None:
+                found = self._own_sums(active, found, self.shards)
+            sums = stack(found).view(len(active), 2, -1).sum(1)
             experts = sums.new_zeros(len(active), len(self._lora_experts))
             columns.append(experts.index_add_(1, self._segments_on(sums.device), sums))
-        return torch.cat([column.to(columns[0].dtype) for column in columns], 1)
+        total = torch.cat([column.to(columns[0].dtype) for column in columns], 1)
+        return total if self.shards is None else self.shards.add_up([total])[0]
+
+    def _own_sums(self, active: Sequence[RoutedModule], found: Sequence[Tensor], shards: Shards) -> list[Tensor]:
+        """This process's share of the sums per rank of every A and B, (R,) each.
+
+        The sums of A's that are sharded take their places; those of a factor that all processes hold count once.
+        """
+        shares = []
+        for i, module in enumerate(active):
+            whole = self._partial_factor(module)
+            for factor, sums in enumerate(found[2 * i : 2 * i + 2]):
+                share = sums.new_zeros(sum(self.config.expert_ranks))
+                if factor != whole or shards.first:
+                    start = self._first_rank(module) if factor == 0 else 0
+                    share[start : start + len(sums)] = sums
+                shares.append(share)
+        return shares
 
     def _run_tracking(self, expert: str, jobs: Sequence[Any], check: GradientCheck) -> list[Tensor]:
         """``track_`` over jobs of one expert's group; sums per row for LoRA experts, which share their tensors."""
@@ -265,11 +291,14 @@ class MoLFAdamW(MoLFState):
         """A and Bᵀ of a module, (R, in) and (R, out), with the ranks of its winners where not all of them win."""
         groups = [self._group(expert) for expert in self._lora_experts]
         count, winner = self._count(module.slots[-1], counts), None
-        for theta, folds in zip(self._pair(module, values), ((1.0,), module.folds(self.config.scales)), strict=True):
+        starts = (self._first_rank(module), 0)
+        all_folds = ((1.0,), module.folds(self.config.scales))
+        for theta, folds, start in zip(self._pair(module, values), all_folds, starts, strict=True):
+            ranks = slice(start, start + len(theta.value))
             if len(lora) < len(groups):
                 won = torch.tensor([i in lora for i in range(len(groups))], device=theta.value.device)
-                winner = won[self._segments_on(won.device)][:, None]
-            jobs[self._key(groups, count, theta.value, folds)].append((*theta, winner))
+                winner = won[self._segments_on(won.device)][ranks, None]
+            jobs[self._key(groups, count, theta.value, folds, ranks)].append((*theta, winner))
 
     def _step_others(self, others: Sequence[Unrouted], check: GradientCheck, counts: Mapping[int, float]) -> None:
         """AdamW for what is not routed."""
@@ -297,15 +326,20 @@ class MoLFAdamW(MoLFState):
         return virtual.gradients(G.T if module.transposed else G, A.value, B.value, self._scales(A.value))
 
     def _key(
-        self, groups: Sequence[Mapping[str, Any]], n: float, value: Tensor, folds: tuple[float, ...] = (1.0,)
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        n: float,
+        value: Tensor,
+        folds: tuple[float, ...] = (1.0,),
+        ranks: slice = slice(None),
     ) -> tuple[Any, ...]:
-        """Key of the coefficients of these groups at step n: scalars, or per rank for LoRA experts' groups."""
-        key = (tuple(id(group) for group in groups), n, folds, value.dtype, value.device)
+        """Key of the coefficients of these groups at step n: scalars, or of these ranks for LoRA experts' groups."""
+        key = (tuple(id(group) for group in groups), n, folds, ranks.start, ranks.stop, value.dtype, value.device)
         if key not in self._coefficients:
             decays, sizes, root = step_numbers(groups, n, folds)
             lora = groups[0]["expert"] in self._lora_experts
             decay, size = (
-                self._per_rank(x, value)[:, None] if lora else value.new_tensor(x[0]) for x in (decays, sizes)
+                self._per_rank(x, value)[ranks, None] if lora else value.new_tensor(x[0]) for x in (decays, sizes)
             )
             self._coefficients[key] = Coefficients(
                 decay, size, value.new_tensor(root), value.new_tensor(1 / root), groups[0]["eps"]
@@ -325,9 +359,11 @@ class MoLFAdamW(MoLFState):
         return all(present)
 
     def _check_gradients(
-        self, active: Sequence[RoutedModule], others: Sequence[Unrouted], pairs: Sequence[tuple[Tensor, Tensor]]
+        self, active: Sequence[RoutedModule], others: Sequence[Unrouted], pairs: Sequence[list[Tensor]]
     ) -> GradientCheck:
         """Whether every gradient is finite, and the clipping factor min(1, c / (‖g‖ + 1e-6)).
+
+        Of sharded weights, the gradients in ``pairs`` that sum over the processes are completed on the way.
 
         The norm is over the gradients of all trained tensors: W, b, every A and B, and what is not routed. Where
         nothing is clipped, a look at dB = s G Aᵀ is a look at G: what is not finite there is not finite here.
@@ -338,14 +374,35 @@ class MoLFAdamW(MoLFState):
                     check_gradient(name, parameter, self.state[parameter], self.config.keep_base)
         limit = self.config.max_grad_norm
         found: list[tuple[str, Tensor]] = []
+        partial: list[tuple[str, int, int]] = []
         for i, module in enumerate(active):
             for slot in module.dense_slots if self.config.train_base else ():
                 seen_in_B = bool(pairs) and module.lora_A is None and slot == module.weight and limit is None
                 if not seen_in_B:
                     found.append((self._name(slot), _gradient(self._parameter(slot))))
-            found += [(module.name, grad) for grad in pairs[i]] if pairs else []
+            if pairs:
+                factor = self._partial_factor(module)
+                found += [(module.name, grad) for j, grad in enumerate(pairs[i]) if j != factor]
+                partial += [] if factor is None else [(module.name, i, factor)]
         found += [(each.name, _gradient(each.parameter)) for each in others]
-        return check_gradients(found, limit)
+        names, values = [name for name, _ in found], look_at([grad for _, grad in found], limit)
+        if self.shards is not None:
+            *sums, values = self.shards.add_up([*(pairs[i][factor] for _, i, factor in partial), values])
+            for (name, i, factor), total in zip(partial, sums, strict=True):
+                pairs[i][factor] = total
+                names.append(name)
+            values = torch.cat([values, look_at(sums, limit).to(values)])
+        return check_gradients(names, values, limit)
+
+    def _partial_factor(self, module: RoutedModule) -> int | None:
+        """Which of A (0) and B (1) has a gradient that sums over processes; all hold that factor as a whole."""
+        if self.shards is None or module.lora_A is not None:
+            return None
+        return virtual.partial_factor(self._parameter(module.slots[0]), module.transposed)
+
+    def _first_rank(self, module: RoutedModule) -> int:
+        """The first rank of an adapter's A that this process holds; 0 of virtual experts, which have all ranks."""
+        return 0 if self.shards is None or module.lora_A is None else first_row(self._parameter(module.lora_A))
 
     def _name(self, slot: tuple[int, int]) -> str:
         return self.param_groups[slot[0]]["param_names"][slot[1]]
@@ -365,7 +422,7 @@ class MoLFAdamW(MoLFState):
 def _gradient(parameter: Tensor) -> Tensor:
     if parameter.grad is None:
         raise RuntimeError("a gradient disappeared during the step")
-    return parameter.grad
+    return local(parameter.grad)
 
 
 def _by_place(jobs: Sequence[Any]) -> dict[tuple[torch.device, torch.dtype], list[int]]:

@@ -11,10 +11,11 @@ from torch.optim import Optimizer
 
 from . import quantized, virtual
 from .adamw import Trained, moment_dtype
-from .checkpoint import check_loadable
+from .checkpoint import check_loadable, with_bare_groups
 from .config import MoLFConfig
 from .guards import WrittenTensors
 from .layout import RoutedModule, Slot
+from .sharding import Shards, compare_replicas, fitted, local
 
 _IN_EVERY_GROUP = tuple("betas eps expert_ranks scales score_fn top_k policy random_shares policy_seed".split())
 
@@ -53,6 +54,7 @@ class MoLFState(Optimizer):
             **{name: getattr(config, name) for name in _IN_EVERY_GROUP},
         }
         super().__init__(params, defaults)
+        self.shards = Shards.of(p for group in self.param_groups for p in group["params"])
         for module in self.modules:
             if self._is_virtual(module):
                 weight = self._parameter(module.slots[0])
@@ -64,7 +66,7 @@ class MoLFState(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """All attributes but the caches and the hooks, so that copies and pickles work."""
-        own = ("config", "experts", "modules", "_written")
+        own = ("config", "experts", "modules", "shards", "_written")
         return {
             **super().__getstate__(),
             **{name: getattr(self, name) for name in own},
@@ -99,6 +101,28 @@ class MoLFState(Optimizer):
         """Number of optimizer steps so far."""
         return max((int(state["step"]) for state in self.state.values()), default=0)
 
+    def _check_processes(self) -> None:
+        """Refuse a step in which this process has parameters that are not the model's any more."""
+        every = [p for group in self.param_groups for p in group["params"]]
+        if any(p not in self.state for p in every) or all(p.grad is None for p in every):
+            raise RuntimeError(
+                "no gradient reaches the optimizer's parameters: was the model sharded after its optimizer was made? "
+                "Make the optimizer after fully_shard"
+            )
+
+    def compare_replicas(self) -> None:
+        """See that all processes hold the same of what is not sharded: weights, experts, moments and step counts.
+
+        One all-reduce of two integers per tensor; every process calls it.
+
+        Raises:
+            RuntimeError: Naming the first tensor that differs.
+        """
+        names = [name for group in self.param_groups for name in group["param_names"]]
+        every = [p for group in self.param_groups for p in group["params"]]
+        state = [(f"{n} ({key})", t) for n, p in zip(names, every, strict=True) for key, t in self.state[p].items()]
+        compare_replicas([*zip(names, every, strict=True), *state])
+
     @torch.no_grad()
     def sync_weights(self) -> None:
         """Rewrite every weight of the model from the state, after someone has written to the state."""
@@ -111,6 +135,17 @@ class MoLFState(Optimizer):
             self._write(each.parameter, {})
         self._remember_written()
 
+    def state_dict(self) -> dict[str, Any]:
+        """As of every optimizer: tensors, numbers and strings, the parameters by their index.
+
+        The first group repeats the settings of those without parameters, which torch's distributed checkpoint drops.
+        """
+        saved = super().state_dict()
+        bare = {str(i): dict(group) for i, group in enumerate(saved["param_groups"]) if not group["params"]}
+        if bare:
+            next(group for group in saved["param_groups"] if group["params"])["without_parameters"] = bare
+        return saved
+
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a state saved by ``state_dict``, every tensor in the precision that this optimizer keeps it in.
@@ -119,17 +154,22 @@ class MoLFState(Optimizer):
         the next step is bit-identical to the uninterrupted run's. The model's weights follow the state. Nothing
         changes if an error is raised.
 
+        Of sharded parameters the state may be sharded by other processes' number, or whole: it is distributed anew.
+
         Raises:
             ValueError: If the state is of other experts, another score or other parameters.
         """
+        state_dict = with_bare_groups(state_dict)
         check_loadable(self, state_dict)
         kept = self.state
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         self.state = kept
-        for index, parameter in enumerate(p for group in self.param_groups for p in group["params"]):
+        ids = [index for group in state_dict["param_groups"] for index in group["params"]]
+        for index, parameter in zip(ids, (p for group in self.param_groups for p in group["params"]), strict=True):
             for key, value in state_dict["state"][index].items():
                 # in place: W may be the weight itself, and accelerate loads the state into itself
-                self.state[parameter][key].copy_(value)
+                own = self.state[parameter][key]
+                local(own).copy_(local(fitted(value, own)))
         self.sync_weights()
 
     def _new_state(self, parameter: Tensor, expert: str) -> dict[str, Tensor]:
@@ -164,7 +204,7 @@ class MoLFState(Optimizer):
     def _add_experts(self, module: RoutedModule, base: Tensor, sign: int = 1, out: Tensor | None = None) -> Tensor:
         """``base`` ± Σ s_i B_i A_i, laid out like the weight."""
         state = self.state[self._parameter(module.slots[0])]
-        A, B = state["lora_A"], state["lora_B"]
+        A, B = local(state["lora_A"]), local(state["lora_B"])
         alpha, B = virtual.scaled(B, self._scales(B))
         pair = (A.T, B.T) if module.transposed else (B, A)
         return torch.addmm(base, *pair, alpha=sign * alpha, out=out)
@@ -182,7 +222,7 @@ class MoLFState(Optimizer):
             base = values.get(id(weight), self.state[weight].get("base", weight))
             if base is not weight and not virtual.shares_storage(base, weight):
                 in_place = base.dtype == weight.dtype
-                stored = self._add_experts(module, base, out=weight if in_place else None)
+                stored = self._add_experts(module, local(base), out=local(weight) if in_place else None)
                 if not in_place:
                     self._store(weight, stored)
             slots = slots[1:]
@@ -193,20 +233,20 @@ class MoLFState(Optimizer):
         """Let a tensor of the model follow its precise value: the master, or one of ``values``, by the tensor's id."""
         value = values.get(id(parameter), self.state[parameter].get("base"))
         if value is not None:
-            self._store(parameter, value)
+            self._store(parameter, local(value))
 
     def _store(self, parameter: Tensor, value: Tensor) -> None:
         if parameter.dtype == torch.bfloat16 and not self.config.keep_base:
-            virtual.round_stochastically(value, parameter)
+            virtual.round_stochastically(value, local(parameter))
         else:
-            parameter.copy_(value)
+            local(parameter).copy_(value)
 
     def _prepare_base(self, module: RoutedModule, values: dict[int, Tensor], lora_moves: bool) -> None:
         """Before an update: W in ``values`` where the state has none, and a W of its own if a LoRA expert will move."""
         weight = self._parameter(module.slots[0])
         if "base" not in self.state[weight]:
             dtype = moment_dtype(weight)
-            values[id(weight)] = self._add_experts(module, weight.detach().to(dtype), sign=-1)
+            values[id(weight)] = self._add_experts(module, local(weight.detach()).to(dtype), sign=-1)
         elif lora_moves:
             self._own_base(weight)
 
@@ -215,13 +255,14 @@ class MoLFState(Optimizer):
         for group in self.param_groups:
             for name, parameter in zip(group["param_names"], group["params"], strict=True):
                 if "base" in self.state[parameter] and "lora_A" not in self.state[parameter]:
-                    yield name, parameter, self.state[parameter]["base"]
+                    yield name, local(parameter), local(self.state[parameter]["base"])
         for module in self.modules:
             weight = self._parameter(module.slots[0])
             base = self.state[weight].get("base")
             if self._is_virtual(module) and base is not None:
                 shared = virtual.shares_storage(base, weight)
-                yield module.name, weight, weight if shared else self._add_experts(module, base)
+                held = local(weight)
+                yield module.name, held, held if shared else self._add_experts(module, local(base))
 
     def _rewritten(self) -> Iterator[Tensor]:
         return (p for group in self.param_groups for p in group["params"] if "base" in self.state[p])
@@ -251,7 +292,7 @@ class MoLFState(Optimizer):
         return self.experts[int(self.config.train_base) :]
 
     def _trained(self, parameter: Tensor, values: dict[int, Tensor] | None = None) -> Trained:
-        """A parameter's precise value with its moments.
+        """A parameter's precise value with its moments: of a sharded one, the parts that this process holds.
 
         Args:
             parameter: Of a group.
@@ -264,9 +305,14 @@ class MoLFState(Optimizer):
             store = parameter
         if values is not None and "base" not in state:
             if moment_dtype(parameter) != parameter.dtype:
-                values.setdefault(id(parameter), parameter.detach().to(moment_dtype(parameter)))
+                values.setdefault(id(parameter), local(parameter.detach()).to(moment_dtype(parameter)))
             value = values.get(id(parameter), parameter)
-        return Trained(value, state["exp_avg"], state["exp_avg_sq"], store)
+        return Trained(
+            local(value),
+            local(state["exp_avg"]),
+            local(state["exp_avg_sq"]),
+            None if store is None else local(store),
+        )
 
     def _pair(self, module: RoutedModule, values: dict[int, Tensor] | None = None) -> tuple[Trained, Trained]:
         """The stacked A (R, in) and Bᵀ (R, out) with their moments; looked up once in a step."""
@@ -276,8 +322,10 @@ class MoLFState(Optimizer):
             A, B = (self._trained(self._parameter(slot), values) for slot in (module.lora_A, module.lora_B))
         else:
             state = self.state[self._parameter(module.slots[0])]
-            A = Trained(state["lora_A"], state["lora_A_exp_avg"], state["lora_A_exp_avg_sq"])
-            B = Trained(state["lora_B"], state["lora_B_exp_avg"], state["lora_B_exp_avg_sq"])
+            A, B = (
+                Trained(*(local(state[f"{name}{moment}"]) for moment in ("", "_exp_avg", "_exp_avg_sq")))
+                for name in ("lora_A", "lora_B")
+            )
         pair = A, Trained(B.value.T, B.exp_avg.T, B.exp_avg_sq.T, None if B.store is None else B.store.T)
         self._pairs[module.name] = pair
         return pair

@@ -13,21 +13,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .sharding import local, same_everywhere, shard_like, sharded_dim
+
 
 def make_experts(state: dict[str, Any], weight: Tensor, rank: int, transposed: bool, dtype: torch.dtype) -> None:
-    """A ~ kaiming_uniform(a=√5), B = 0, and their moments 0.  Source: arXiv:2605.07111, section 4.2."""
+    """A ~ kaiming_uniform(a=√5), B = 0, and their moments 0.
+
+    Of a sharded weight, what shares its sharded dimension is sharded likewise, and the other factor replicated.
+
+    Source: arXiv:2605.07111, section 4.2.
+    """
     outs, ins = reversed(weight.shape) if transposed else weight.shape
-    state["lora_A"] = torch.empty(rank, ins, dtype=dtype, device=weight.device)
-    torch.nn.init.kaiming_uniform_(state["lora_A"], a=math.sqrt(5))
-    state["lora_B"] = torch.zeros(rank, outs, dtype=dtype, device=weight.device).T
+    A = torch.empty(rank, ins, dtype=dtype, device=local(weight).device)
+    torch.nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+    Bt = torch.zeros(rank, outs, dtype=dtype, device=A.device)
+    by_rows = partial_factor(weight, transposed) == 0
+    state["lora_A"] = shard_like(same_everywhere(A), weight, None if by_rows else 1)
+    state["lora_B"] = shard_like(Bt, weight, 1 if by_rows else None).T
     for name in ("lora_A", "lora_B"):
         for moment in ("exp_avg", "exp_avg_sq"):
             state[f"{name}_{moment}"] = torch.zeros_like(state[name])
 
 
+def partial_factor(weight: Tensor, transposed: bool) -> int | None:
+    """The factor whose gradient sums over the processes that share a weight; None if the weight is not sharded.
+
+    A's (0) if they share its outputs, B's (1) if they share its inputs. All of them hold that factor as a whole.
+    """
+    dim = sharded_dim(weight)
+    return None if dim is None else int((dim == 0) == transposed)
+
+
 def shares_storage(base: Tensor, weight: Tensor) -> bool:
     """Whether W is the layer's own weight, as it is while B = 0: then P = W, and a copy would be waste."""
-    return base.dtype == weight.dtype and base.data_ptr() == weight.data_ptr()
+    return base.dtype == weight.dtype and local(base).data_ptr() == local(weight).data_ptr()
 
 
 def scaled(factor: Tensor, scales: float | Tensor) -> tuple[float, Tensor]:
