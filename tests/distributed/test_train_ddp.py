@@ -2,54 +2,58 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
+from processes import run
 from test_resume import assert_identical
-
-from molf import read_routing
-from molf.assets import BUNDLED_MODEL
+from train_programs import METHODS, agree, command, everything, halve, losses, options, train_to_end, winners
 
 STEPS = 6
-METHODS = {
-    "fft": [],
-    "lora": ["--expert_ranks", "4"],
-    "molf": ["--expert_ranks", "4", "--lora_lr", "3e-3"],
-    "molf-e": ["--expert_ranks", "2", "4", "--lora_alpha", "4", "8"],
-}
+SAVED = ["--save_strategy", "steps", "--save_steps", "3"]
+SLOW = ("fft", "lora")  # nothing of theirs is ours
 
 
-def options(method: str, facts: Path, out: Path, *more: str) -> list[str]:
-    return [
-        "--model_name_or_path", str(BUNDLED_MODEL), "--task", "fact", "--dataset_path", str(facts), "--max_examples",
-        "40", "--max_steps", str(STEPS), "--per_device_train_batch_size", "2", "--learning_rate", "1e-3",
-        "--lr_scheduler_type", "constant", "--warmup_steps", "0", "--max_grad_norm", "1", "--logging_steps", "1",
-        "--save_strategy", "steps", "--save_steps", "3", "--gradient_checkpointing", "false", "--disable_tqdm", "true",
-        "--eval_at_end", "false", "--method", method, *METHODS[method], "--output_dir", str(out), *more,
-    ]  # fmt: skip
+def slowly(*methods: str) -> list:
+    return [pytest.param(each, marks=[pytest.mark.slow] if each in SLOW else []) for each in methods]
 
 
-def losses(out: Path) -> list[float]:
-    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
-    return [entry["loss"] for entry in history if "loss" in entry]
-
-
-def winners(out: Path) -> list[Any]:
-    return [record["winners"] for record in read_routing(out / "routing.jsonl")[1]]
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_two_processes_are_one(tmp_path: Path, facts: Path, launch, method: str) -> None:
+@pytest.mark.parametrize("method", slowly(*METHODS))
+def test_two_processes_are_one(tmp_path: Path, facts: Path, method: str) -> None:
     """A rank's batches are those that one process accumulates, so sums alone differ, by their order."""
-    one, two, dumps = tmp_path / "one", tmp_path / "two", tmp_path / "dumps"
-    dumps.mkdir()
-    launch(1, "train_and_dump", tmp_path, *options(method, facts, one, "--gradient_accumulation_steps", "2"))
-    launch(2, "train_and_dump", dumps, *options(method, facts, two))
+    one, two = tmp_path / "one", tmp_path / "two"
+    train_to_end(options(method, facts, one, STEPS, "--gradient_accumulation_steps", "2"))
+    ends = run(tmp_path, 2, train_to_end, options(method, facts, two, STEPS))
     assert losses(two) == pytest.approx(losses(one), rel=1e-5)
     if method.startswith("molf"):
         assert winners(two) == winners(one)
         assert len({str(row) for record in winners(one) for row in record}) == 2  # both experts won
-    assert_identical(*(torch.load(dumps / f"rank{rank}.pt", weights_only=True) for rank in range(2)))
+    assert_identical(*ends)
+
+
+@pytest.mark.parametrize("method", slowly(*METHODS))
+def test_a_resume_is_exact(tmp_path: Path, facts: Path, method: str) -> None:
+    """By as many processes bit for bit; by one, with the same global batch, up to the order of sums."""
+    whole, again, alone = tmp_path / "whole", tmp_path / "again", tmp_path / "alone"
+    run(tmp_path, 2, command, options(method, facts, whole, STEPS, *SAVED))
+    for out in (again, alone):
+        halve(whole, out)
+    auto = [*SAVED, "--resume_from_checkpoint", "auto"]
+    said = run(tmp_path, 2, command, options(method, facts, again, STEPS, *auto))
+    assert_identical(everything(again), everything(whole))
+    assert [each["status"] for each in said] == [0, 0]
+    assert '"resumed_from"' in said[0]["out"]
+    assert said[1]["out"] + said[1]["err"] == ""
+    assert not list(again.glob("unfinished*"))
+    with pytest.raises(ValueError, match=r"a step had 4 examples .* \(2 processes\), now it has 2"):
+        train_to_end(options(method, facts, alone, STEPS, *auto))
+    train_to_end(options(method, facts, alone, STEPS, *auto, "--gradient_accumulation_steps", "2"))
+    assert losses(alone) == pytest.approx(losses(whole), rel=1e-5)
+    if method.startswith("molf"):
+        assert winners(alone) == winners(whole)
+
+
+def test_an_error_of_one_is_an_error_of_all(tmp_path: Path) -> None:
+    for broken in (0, 1):
+        first, second = run(tmp_path, 2, agree, broken)
+        assert first == second == {"none": None, "error": f"of rank {broken}", "first": "by 0"}

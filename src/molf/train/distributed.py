@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import nn
+
+from ..optim.sharding import is_distributed, processes
 
 if TYPE_CHECKING:
     from .arguments import TrainArguments
@@ -100,10 +100,11 @@ def _is_set(name: str) -> bool:
 
 def from_first(find: Callable[[], T]) -> T:
     """What the first process finds, on every process; the others wait and do not look."""
-    if not _several():
+    if processes() == 1:
         return find()
-    found = [find() if torch.distributed.get_rank() == 0 else None]
-    result: T = broadcast_object_list(found)[0]
+    found: list[Any] = [find() if torch.distributed.get_rank() == 0 else None]
+    torch.distributed.broadcast_object_list(found)
+    result: T = found[0]
     return result
 
 
@@ -112,26 +113,18 @@ def first_error(error: T | None) -> T | None:
 
     It costs one sum of one number; only where there is an error it is sent.
     """
-    if not _several():
+    if processes() == 1:
         return error
     device = "cpu" if torch.distributed.get_backend() == "gloo" else torch.accelerator.current_accelerator()
     broken = torch.tensor(float(error is not None), device=device)
     torch.distributed.all_reduce(broken)
     if not broken.item():
         return None
-    errors: list[T | None] = gather_object([error])
+    errors: list[T | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(errors, error)
     return next(each for each in errors if each is not None)
-
-
-def _several() -> bool:
-    return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This process's part of a sharded tensor, and any other as it is; nothing is sent."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether FSDP2 shards parameters of the model."""
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    return any(is_distributed(parameter) for parameter in model.parameters())

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ..optim.guards import NonFiniteError, NonFiniteGradientError, probes
 from ..optim.quantized import as_float
-from .distributed import first_error, local
+from ..optim.sharding import local
+from .distributed import first_error
 
 ON_NONFINITE = ("stop", "skip")
 

@@ -26,10 +26,10 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import TrainerCallback
 
+from ..optim.sharding import is_distributed
 from .distributed import is_sharded
 from .verify import REST, SHARDED
 
@@ -124,7 +124,7 @@ class ShardedCallback(TrainerCallback):
         Raises:
             ValueError: Naming a parameter that is not a DTensor.
         """
-        whole = [name for name, p in model.named_parameters() if args.fsdp and not isinstance(p, DTensor)]
+        whole = [name for name, p in model.named_parameters() if args.fsdp and not is_distributed(p)]
         if whole:
             raise ValueError(
                 f"fsdp=true, but {whole[0]} is not sharded ({len(whole)} such parameters): every process would train "
@@ -157,9 +157,10 @@ def load_optimizer(model: nn.Module, optimizer: Optimizer, folder: Path) -> None
     tensors, _ = _parted(own["state"])
     load(tensors, storage_reader=HuggingFaceStorageReader(str(folder / SHARDED)))
     rest = torch.load(folder / SHARDED / REST, map_location="cpu", weights_only=True)
-    for name, numbers in rest["state"].items():
-        own["state"][name].update(numbers)
-    set_optimizer_state_dict(model, optimizer, {"state": own["state"], "param_groups": rest["param_groups"]})
+    for key, tensor in tensors.items():
+        name, _, key = key.rpartition("/")
+        rest["state"][name][key] = tensor
+    set_optimizer_state_dict(model, optimizer, rest)
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
@@ -171,9 +172,9 @@ def load_weights(model: nn.Module, folder: Path) -> None:
 
 
 def _parted(state: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Tensors by parameter and key, as they are, and the rest: numbers, and tensors of one."""
+    """Tensors by parameter and key, laid out as safetensors takes them, and the rest: numbers, and tensors of one."""
     tensors = {
-        f"{name}/{key}": value
+        f"{name}/{key}": value.contiguous()
         for name, entry in state.items()
         for key, value in entry.items()
         if isinstance(value, Tensor) and value.dim()

@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer_pt_utils import safe_globals
 
 from ..optim import MoLFConfig
-from .distributed import is_sharded, local
+from ..optim.sharding import local
+from .distributed import is_sharded
 from .files import sha256
 
 MANIFEST = "manifest.json"
