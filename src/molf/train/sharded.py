@@ -7,7 +7,9 @@ of processes reads it again.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,13 +94,15 @@ class ShardedTraining:
         if not is_sharded(model):  # which is where it belongs, maybe offloaded
             super()._move_model_to_device(model, device)  # type: ignore[misc]
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Forward and backward; gradients are reduced in the last of the passes that are accumulated."""
+    @contextmanager
+    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
+        """Around every forward and backward pass but the last of those that are accumulated."""
         this: Any = self
-        if is_sharded(this.model):
-            this.model.set_requires_gradient_sync(this.accelerator.sync_gradients)
-        found: Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
-        return found
+        this.model.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            this.model.set_requires_gradient_sync(True)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         this: Any = self
@@ -155,7 +159,9 @@ def load_optimizer(model: nn.Module, optimizer: Optimizer, folder: Path) -> None
     """
     own: Any = get_optimizer_state_dict(model, optimizer)
     tensors, _ = _parted(own["state"])
-    load(tensors, storage_reader=HuggingFaceStorageReader(str(folder / SHARDED)))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what is meant then
+        load(tensors, storage_reader=HuggingFaceStorageReader(str(folder / SHARDED)))
     rest = torch.load(folder / SHARDED / REST, map_location="cpu", weights_only=True)
     for key, tensor in tensors.items():
         name, _, key = key.rpartition("/")
