@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
-import torch
 from processes import run
 from test_resume import assert_identical
 from train_programs import METHODS, command, everything, halve, losses, options, train_to_end, winners
-
-from models import causal_lm
-from molf.cli import main
-from molf.train.arguments import TrainArguments
-from molf.train.sharded import ShardedCallback, layers
 
 STEPS = 4
 SAVED = ["--save_strategy", "steps", "--save_steps", "2"]

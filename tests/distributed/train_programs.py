@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import runpy
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -90,6 +91,7 @@ def train_to_end(argv: Sequence[str]) -> dict[str, Any]:
 
 def command(argv: Sequence[str]) -> dict[str, Any]:
     """Exit status and words of the command line."""
+    molf.cli._PATIENCE = 0.0  # no launcher ends the others
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = molf.cli.main(["train", *argv])
@@ -101,3 +103,11 @@ def agree(broken: int) -> dict[str, Any]:
     rank = dist.get_rank()
     error = first_error(ValueError(f"of rank {rank}") if rank == broken else None)
     return {"none": first_error(None), "error": str(error), "first": from_first(lambda: f"by {rank}")}
+
+
+def example(name: str, *arguments: Any, **options: Any) -> None:
+    """``main`` of an example, in the process group that is there."""
+    there = dist.init_process_group, dist.destroy_process_group
+    dist.init_process_group = dist.destroy_process_group = lambda: None
+    runpy.run_path(str(Path(__file__).parents[2] / "examples" / name))["main"](*arguments, **options)
+    dist.init_process_group, dist.destroy_process_group = there

@@ -68,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error) or type(error).__name__)
     except (MemoryError, RuntimeError) as error:
         if _lost_process(error):
-            return _fail(f"another process of this run has ended ({error}). {_CONTINUE}")
+            reason = str(error).rpartition("] ")[2].split(". ")[0]  # after gloo's place in the code, before its advice
+            return _fail(f"another process of this run has ended ({reason}). {_CONTINUE}")
         if not _out_of_memory(error):
             raise
         return _fail(f"out of memory: {str(error).strip() or type(error).__name__}. {_SMALLER}")
