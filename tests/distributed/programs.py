@@ -6,14 +6,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from peft import get_peft_model
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from models import causal_lm
 from molf import MoLFAdamW, MoLFConfig, create_molf_optimizer, molf_lora_config
+from molf.optim.sharding import local, sharded_dim
+from molf.optim.virtual import shares_storage
 
 BATCH = 8
 
@@ -94,7 +101,10 @@ def history(name: str, kind: str, fields: dict[str, Any], steps: int, **options:
     """Losses, winners and the end of a run."""
     adapter, accumulate = options.pop("adapter", False), options.pop("accumulate", 1)
     config = MoLFConfig(**fields)
-    model, optimizer = start(make_model(name, config, adapter), config, kind, **options)
+    untrained = make_model(name, config, adapter)
+    if options.pop("checkpointing", False):
+        untrained.gradient_checkpointing_enable()
+    model, optimizer = start(untrained, config, kind, **options)
     losses, winners = [], []
     for step in range(steps):
         losses.append(train_step(model, optimizer, step, accumulate))
@@ -109,3 +119,193 @@ def history(name: str, kind: str, fields: dict[str, Any], steps: int, **options:
         for key, value in optimizer.state[parameter].items()
     }
     return {"losses": losses, "winners": winners, "weights": weights, "state": state}
+
+
+def begin_and_save(folder: str, fields: dict[str, Any], steps: tuple[int, int], way: str, asynchronous: bool) -> Any:
+    """Train, save with torch's distributed checkpoint, go on; what the steps after saving were."""
+    config = MoLFConfig(**fields)
+    model, optimizer = start(make_model("gemma3", config), config, way)
+    for step in range(steps[0]):
+        train_step(model, optimizer, step)
+    for group in optimizer.param_groups:  # as a scheduler: to be restored, of groups without parameters too
+        group["lr"] *= 0.5
+    if asynchronous:
+        saving = dcp.async_save(checkpoint(model, optimizer), checkpoint_id=folder)
+        saving.result()
+    else:
+        dcp.save(checkpoint(model, optimizer), checkpoint_id=folder)
+    return go_on(model, optimizer, steps)
+
+
+def checkpoint(model: nn.Module, optimizer: MoLFAdamW) -> dict[str, Any]:
+    weights, state = get_state_dict(model, optimizer)
+    return {"model": weights, "optimizer": state}
+
+
+def load_and_go_on(folder: str, fields: dict[str, Any], steps: tuple[int, int], way: str) -> Any:
+    """Load that checkpoint into a new model and optimizer, on any number of processes, and go on."""
+    config = MoLFConfig(**fields)
+    untrained = make_model("gemma3", config)
+    torch.manual_seed(1)  # other experts than those that were saved
+    model, optimizer = start(untrained, config, way)
+    saved = checkpoint(model, optimizer)
+    dcp.load(saved, checkpoint_id=folder)
+    set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])
+    return go_on(model, optimizer, steps)
+
+
+def go_on(model: nn.Module, optimizer: MoLFAdamW, steps: tuple[int, int]) -> dict[str, Any]:
+    losses, winners = [], []
+    for step in range(steps[0], sum(steps)):
+        losses.append(train_step(model, optimizer, step))
+        winners.append([each.winners for each in optimizer.routing.values()])
+    inner = getattr(model, "module", model)
+    return {"losses": losses, "winners": winners, "weights": {n: whole(p) for n, p in inner.named_parameters()}}
+
+
+class Collectives(TorchDispatchMode):
+    """Counts the collectives that reach a process group, and the bytes of their tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional"):
+            tensors = [t for t in tree_leaves(args) if isinstance(t, torch.Tensor)]
+            self.calls.append((func._opname, sum(t.numel() * t.itemsize for t in tensors)))
+        return func(*args, **(kwargs or {}))
+
+
+def collectives_of_a_step(name: str, fields: dict[str, Any], kind: str, **changes: Any) -> dict[str, Any]:
+    """Collectives of one optimizer step, what a formula needs, and the bytes of state here and in all processes."""
+    config = MoLFConfig(**fields)
+    base = causal_lm(name, **changes)
+    if not config.train_base:
+        base = get_peft_model(base, molf_lora_config(config))
+    model, optimizer = start(base, config, kind)
+    ids = tokens(0, 67).chunk(dist.get_world_size())[dist.get_rank()]
+    model(input_ids=ids, labels=ids).loss.backward()
+    with Collectives() as found:
+        optimizer.step()
+    state = [t for entries in optimizer.state.values() for key, t in entries.items() if t.dim() and key != "base"]
+    weights = [optimizer._parameter(module.slots[0]) for module in optimizer.modules]
+    return {
+        "calls": found.calls,
+        "modules": len(optimizer.modules),
+        "inputs": sum(weight.shape[1] for weight in weights),
+        "looked_at": sum(len(group["params"]) for group in optimizer.param_groups),
+        "bytes_here": sum(local(t).numel() * t.itemsize for t in state),
+        "bytes_sharded": sum(t.numel() * t.itemsize for t in state if sharded_dim(t) is not None),
+        "bytes_replicated": sum(t.numel() * t.itemsize for t in state if sharded_dim(t) is None),
+    }
+
+
+def mixed_precision(kind: str, steps: int) -> None:
+    """fp32 parameters computed with in bf16: the parameter that is sharded is P itself, and there is no third copy."""
+    config = MoLFConfig(expert_ranks=(4,), lora_alpha=6.0, lr=1e-3, lora_lr=1e-3)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model, optimizer = start(make_model("gemma3", config), config, kind, mp_policy=policy)
+    won_once = set()
+    for step in range(steps):
+        before = {m.name: _held(optimizer, m) for m in optimizer.modules}
+        train_step(model, optimizer, step)
+        for module in optimizer.modules:
+            P, W, A, B = _held(optimizer, module)
+            old_P, old_W, old_A, old_B = before[module.name]
+            dense = optimizer.routing[module.name].winners == ("dense",)
+            won_once |= set() if dense else {module.name}
+            assert P.dtype == W.dtype == torch.float32
+            assert not torch.equal(P, old_P)
+            assert torch.equal(W, old_W) != dense
+            assert torch.equal(A, old_A) == torch.equal(B, old_B) == dense
+            torch.testing.assert_close(P, W + 3.0 * B @ A, rtol=1e-6, atol=1e-7)
+            weight = optimizer._parameter(module.slots[0])
+            assert shares_storage(optimizer.state[weight]["base"], weight) == (module.name not in won_once)
+    assert 0 < len(won_once) < len(optimizer.modules) or steps > 20
+
+
+def _held(optimizer: MoLFAdamW, module: Any) -> list[torch.Tensor]:
+    """Parts of P, W, A, B in this process."""
+    weight = optimizer._parameter(module.slots[0])
+    state = optimizer.state[weight]
+    return [local(t).detach().clone() for t in (weight, state["base"], state["lora_A"], state["lora_B"])]
+
+
+def differ_after_a_write(kind: str) -> list[str]:
+    """Messages when one process's weight, or its replicated expert, is written to."""
+    config = MoLFConfig(expert_ranks=(4,), check_ranks_every=2)
+    messages = []
+    for key in ("lora_A", "lora_A_exp_avg", "step") + (("weight",) if kind == "ddp" else ()):
+        model, optimizer = start(make_model("llama", config), config, kind)
+        train_step(model, optimizer, 0)
+        if dist.get_rank() == 1:
+            weight = optimizer._parameter(optimizer.modules[3].slots[0])
+            with torch.no_grad():
+                written = weight if key == "weight" else optimizer.state[weight][key]
+                local(written).add_(0.5)
+                optimizer._remember_written()
+        try:
+            train_step(model, optimizer, 1)
+            messages.append("")
+        except RuntimeError as error:
+            messages.append(str(error))
+    return messages
+
+
+def refusals() -> list[str]:
+    """What is refused, in the order of the test that reads them."""
+    world = dist.get_world_size()
+    cases = [_sharded_after, _in_backward, _stochastic, _eight_bits, _tensor_parallel, _half_sharded, _fsdp1, _late_ddp]
+    messages = []
+    for case in cases:
+        try:
+            case(init_device_mesh("cpu", (world,), mesh_dim_names=("shard",)))
+            messages.append("")
+        except (ValueError, RuntimeError) as error:
+            messages.append(str(error))
+    return messages
+
+
+def _sharded_after(mesh: Any) -> None:
+    config = MoLFConfig(expert_ranks=(4,))
+    model = make_model("llama", config)
+    optimizer = create_molf_optimizer(model, config)
+    train_step(spread(model, "fsdp2"), optimizer, 0)
+
+
+def _in_backward(mesh: Any) -> None:
+    start(causal_lm("llama"), MoLFConfig(step_in_backward=True), "ddp")
+
+
+def _stochastic(mesh: Any) -> None:
+    start(causal_lm("llama", torch.bfloat16), MoLFConfig(keep_base=False), "ddp")
+
+
+def _eight_bits(mesh: Any) -> None:
+    start(causal_lm("llama"), MoLFConfig(moments_8bit=True), "fsdp2")
+
+
+def _tensor_parallel(mesh: Any) -> None:
+    model = causal_lm("llama")
+    parallelize_module(model, mesh, {"model.layers.*.mlp.up_proj": ColwiseParallel()})
+    create_molf_optimizer(model, MoLFConfig())
+
+
+def _half_sharded(mesh: Any) -> None:
+    model = causal_lm("llama")
+    for layer in _layers(model):
+        fully_shard(layer, mesh=mesh)
+    create_molf_optimizer(model, MoLFConfig())
+
+
+def _fsdp1(mesh: Any) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    create_molf_optimizer(FullyShardedDataParallel(causal_lm("llama"), device_id=torch.device("cpu")), MoLFConfig())
+
+
+def _late_ddp(mesh: Any) -> None:
+    config = MoLFConfig(expert_ranks=(4,))
+    model = get_peft_model(causal_lm("llama"), molf_lora_config(config))
+    create_molf_optimizer(nn.parallel.DistributedDataParallel(model), config)

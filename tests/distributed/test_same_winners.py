@@ -6,6 +6,7 @@ import pytest
 import torch
 from processes import run
 from programs import history
+from torch.distributed.fsdp import CPUOffloadPolicy
 
 STEPS = 50
 CASES = {
@@ -71,6 +72,12 @@ def test_weights_that_are_stored_transposed_share_their_inputs(tmp_path, one_pro
 def test_accumulation_without_reducing_in_between(tmp_path, one_process, kind, world):
     ranks = run(tmp_path, world, history, "gemma3", kind, CASES["molf"], STEPS, accumulate=2)
     _compare(one_process("gemma3", "molf", accumulate=2), ranks)
+
+
+@pytest.mark.parametrize("options", [{"checkpointing": True}, {"offload_policy": CPUOffloadPolicy(pin_memory=False)}])
+def test_less_memory(tmp_path, one_process, options):
+    ranks = run(tmp_path, 2, history, "gemma3", "fsdp2", CASES["molf"], STEPS, **options)
+    _compare(one_process("gemma3", "molf"), ranks)
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from .config import MoLFConfig
 from .layout import RoutedModule, Slot
 from .modules import Target, apply_trainability, find_routed
 from .molf_adamw import MoLFAdamW
-from .sharding import check_sharding
+from .sharding import check_sharding, refuse_flattened
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -46,6 +46,7 @@ def create_molf_optimizer(model: nn.Module, config: MoLFConfig | None = None, **
         listed = ", ".join(f"{name}={value!r}" for name, value in unsupported.items())
         raise ValueError(f"{listed}: MoLF has no such option; every setting is a field of MoLFConfig")
     config = MoLFConfig() if config is None else config
+    refuse_flattened(model)
     model, wrapped = _unwrapped(model)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     targets = find_routed(model, config)

@@ -149,8 +149,21 @@ def first_row(parameter: Any) -> int:
     return min(chunk * mesh.get_local_rank(dim), len(parameter))
 
 
+def refuse_flattened(model: nn.Module) -> None:
+    """Refuse engines that hide the matrices of a model in flat parameters.
+
+    Raises:
+        ValueError: Naming the engine and the remedy.
+    """
+    kinds = {type(module).__name__ for module in model.modules()}
+    if "FullyShardedDataParallel" in kinds:
+        raise ValueError("the model is wrapped in FSDP1, which flattens the matrices that are routed: use fully_shard")
+    if "DeepSpeedEngine" in kinds or any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise ValueError("the model is DeepSpeed's, which flattens the matrices that are routed: use fully_shard")
+
+
 def check_sharding(model: nn.Module, trained: Iterable[tuple[str, Any]], config: MoLFConfig) -> None:
-    """Refuse what hides the matrices of a model, or spreads them otherwise than FSDP2 does.
+    """Refuse parameters that are spread otherwise than FSDP2 does.
 
     Args:
         model: As it is trained.
@@ -158,7 +171,7 @@ def check_sharding(model: nn.Module, trained: Iterable[tuple[str, Any]], config:
         config: Refused are options that several processes would carry out differently.
 
     Raises:
-        ValueError: Naming the engine, the parameter or the option, and the remedy.
+        ValueError: Naming the parameter or the option, and the remedy.
     """
     if processes() > 1 and config.step_in_backward:
         raise ValueError(
@@ -170,12 +183,6 @@ def check_sharding(model: nn.Module, trained: Iterable[tuple[str, Any]], config:
         raise ValueError(
             f"keep_base=False rounds {rounded[0]} stochastically, in every process otherwise: use keep_base=True"
         )
-    kinds = {type(module).__name__ for module in model.modules()}
-    if "FullyShardedDataParallel" in kinds:
-        raise ValueError("the model is wrapped in FSDP1, which flattens the matrices that are routed: use fully_shard")
-    for name, parameter in trained:
-        if "DeepSpeedEngine" in kinds or hasattr(parameter, "ds_id"):
-            raise ValueError(f"{name} is DeepSpeed's, which flattens the matrices that are routed: use fully_shard")
     sharded = [(name, parameter) for name, parameter in trained if is_distributed(parameter)]
     if not sharded:
         return
