@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from processes import run
 from test_resume import assert_identical
-from train_programs import METHODS, agree, command, everything, halve, losses, options, train_to_end, winners
+from train_programs import (
+    METHODS,
+    agree,
+    command,
+    everything,
+    halve,
+    losses,
+    options,
+    train_to_end,
+    train_with_a_broken_rank,
+    winners,
+)
 
 STEPS = 6
 SAVED = ["--save_strategy", "steps", "--save_steps", "3"]
@@ -51,6 +63,26 @@ def test_a_resume_is_exact(tmp_path: Path, facts: Path, method: str) -> None:
     assert losses(alone) == pytest.approx(losses(whole), rel=1e-5)
     if method.startswith("molf"):
         assert winners(alone) == winners(whole)
+
+
+def test_a_step_that_one_process_skips_is_skipped_by_all(tmp_path: Path, facts: Path) -> None:
+    argv = options("molf", facts, tmp_path / "run", STEPS, "--on_nonfinite", "skip")
+    assert_identical(*run(tmp_path, 2, train_with_a_broken_rank, argv, 3))
+    history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    assert {entry["step"]: entry["skipped"] for entry in history if "skipped" in entry} == {
+        3: "the loss is not finite here"
+    }
+    assert len(winners(tmp_path / "run")) == STEPS - 1
+
+
+def test_the_first_process_scores_for_all(tmp_path: Path, facts: Path) -> None:
+    argv = options("molf", facts, tmp_path / "run", 1, "--eval_at_end", "true")
+    first, second = run(tmp_path, 2, command, argv)
+    assert "evaluate molf" in first["err"]
+    assert second["out"] + second["err"] == ""
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert first["out"].endswith(json.dumps(metrics, indent=2) + f"\nsaved to {tmp_path / 'run'}\n")
+    assert 0 <= metrics["efficacy"] <= 100
 
 
 def test_an_error_of_one_is_an_error_of_all(tmp_path: Path) -> None:

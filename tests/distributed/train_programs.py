@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import runpy
 import shutil
@@ -20,8 +21,9 @@ from torch.utils._pytree import tree_map
 from transformers import TrainerCallback
 
 import molf.cli.train
-from molf import read_routing
+from molf import NonFiniteError, read_routing
 from molf.assets import BUNDLED_MODEL
+from molf.train import nonfinite
 from molf.train.distributed import first_error, from_first
 from molf.train.run import train
 from molf.train.verify import checkpoints
@@ -87,6 +89,20 @@ def train_to_end(argv: Sequence[str]) -> dict[str, Any]:
     end = _End()
     train(*molf.cli.train.parse(argv), [end])
     return end.found
+
+
+def train_with_a_broken_rank(argv: Sequence[str], step: int) -> dict[str, Any]:
+    """The second process sees what is not finite, at one step; the first does not."""
+    steps = itertools.count(1)
+    there = nonfinite.check_step
+
+    def check_step(*args: Any, **kwargs: Any) -> None:
+        there(*args, **kwargs)
+        if next(steps) == step and dist.get_rank() == 1:
+            raise NonFiniteError("the loss is not finite here")
+
+    nonfinite.check_step = check_step
+    return train_to_end(argv)
 
 
 def command(argv: Sequence[str]) -> dict[str, Any]:

@@ -27,7 +27,13 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.optim import Optimizer
 from transformers import TrainerCallback
 
@@ -62,11 +68,14 @@ def shard(model: nn.Module, args: TrainArguments) -> None:
     settings: dict[str, Any] = {
         "mesh": mesh if replicas > 1 else mesh["shard"],  # with replicas it is HSDP
         "mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32) if args.bf16 else MixedPrecisionPolicy(),
-        "offload_policy": CPUOffloadPolicy() if config.get("cpu_offload") else OffloadPolicy(),
+        "offload_policy": CPUOffloadPolicy(torch.accelerator.is_available())
+        if config.get("cpu_offload")
+        else OffloadPolicy(),
     }
     for layer in layers(model):
         fully_shard(layer, **settings)
     fully_shard(model, **settings)
+    register_fsdp_forward_method(model, "generate")  # an adapter's passes the model's own forward by
 
 
 def layers(model: nn.Module) -> Iterator[nn.Module]:
