@@ -14,15 +14,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from programs import whole
+from programs import make_model, start, whole
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils._pytree import tree_map
 from transformers import TrainerCallback
 
 import molf.cli.train
-from molf import NonFiniteError, read_routing
+from molf import MoLFConfig, NonFiniteError, read_routing
 from molf.assets import BUNDLED_MODEL
+from molf.optim.sharding import local
 from molf.train import nonfinite
 from molf.train.distributed import first_error, from_first
 from molf.train.run import train
@@ -31,7 +32,7 @@ from molf.train.verify import checkpoints
 METHODS = {
     "fft": [],
     "lora": ["--expert_ranks", "4"],
-    "molf": ["--expert_ranks", "4", "--lora_lr", "3e-3"],
+    "molf": ["--expert_ranks", "4", "--lora_lr", "3e-3", "--check_ranks_every", "2"],
     "molf-e": ["--expert_ranks", "2", "4", "--lora_alpha", "4", "8"],
 }
 
@@ -127,3 +128,17 @@ def example(name: str, *arguments: Any, **options: Any) -> None:
     dist.init_process_group = dist.destroy_process_group = lambda: None
     runpy.run_path(str(Path(__file__).parents[2] / "examples" / name))["main"](*arguments, **options)
     dist.init_process_group, dist.destroy_process_group = there
+
+
+def state_bytes(name: str, fields: dict[str, Any]) -> dict[str, int]:
+    """What this process holds of a sharded model's optimizer, by the kinds of ``molf plan``."""
+    config = MoLFConfig(**fields)
+    model, optimizer = start(make_model(name, config), config, "fsdp2")
+    found = dict.fromkeys(("masters", "experts", "moments"), 0)
+    for state in optimizer.state.values():
+        for key, value in state.items():
+            kind = "masters" if key == "base" else "experts" if key.startswith("lora_") else "moments"
+            found[kind] += local(value).numel() * value.element_size() if key != "step" else 0
+    adapters = [p for n, p in model.named_parameters() if ".lora_" in n]
+    found["experts"] += sum(local(p).numel() * p.element_size() for p in adapters)
+    return found

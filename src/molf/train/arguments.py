@@ -97,6 +97,9 @@ class MethodArguments:
         "max_grad_norm 0.",
         False,
     )
+    check_ranks_every: int | None = _help(
+        "Compare what must be equal on all processes every this many steps, and stop where it is not."
+    )
 
     dry_run: bool = _help(
         "Make three steps, print their peak memory next to the estimate of molf plan, and save nothing.", False
@@ -231,6 +234,7 @@ class MethodArguments:
             keep_base=self.keep_base,
             moments_8bit=self.moments_8bit,
             step_in_backward=self.step_in_backward,
+            check_ranks_every=self.check_ranks_every,
         )
         return resolve(self.method, config)
 
