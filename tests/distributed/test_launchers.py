@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -18,10 +19,8 @@ from train_programs import options
 from molf.train.resume import last_checkpoint
 from molf.train.verify import progress
 
-BIN = Path(sys.executable).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "molf"]
-ACCELERATE = [str(BIN / "accelerate"), "launch", "--num_machines", "1", "--mixed_precision", "no"]
-ACCELERATE += ["--dynamo_backend", "no", "--num_cpu_threads_per_process", "1", "--module"]
+ACCELERATE = [str(Path(sys.executable).parent / "accelerate"), "launch", "--num_processes", "2"]
 
 
 @contextmanager
@@ -72,3 +71,24 @@ def test_a_killed_process_ends_the_others_and_leaves_a_whole_checkpoint(tmp_path
     checkpoint = last_checkpoint(out)
     assert checkpoint is not None
     assert progress(Path(checkpoint))[0] >= 4
+
+
+@pytest.mark.slow
+def test_accelerate_launch(tmp_path: Path, facts: Path) -> None:
+    out, log = tmp_path / "run", tmp_path / "log"
+    several = ["--multi_gpu", "--main_process_port", "0", "--module", "molf", "train"]
+    with started([*ACCELERATE, *several, *options("molf", facts, out, 2, "--use_cpu", "true")], log) as launcher:
+        assert launcher.wait(timeout=120) == 0, log.read_text()
+    assert json.loads((out / "run.json").read_text())["processes"] == 2
+    assert log.read_text().count(f"saved to {out}") == 1
+
+
+@pytest.mark.slow
+def test_accelerate_launch_on_cpus_is_refused(tmp_path: Path, facts: Path) -> None:
+    """It would start one process."""
+    out, log = tmp_path / "run", tmp_path / "log"
+    command = [*ACCELERATE, "--cpu", "--quiet", "--module", "molf", "train", *options("molf", facts, out, 2)]
+    with started(command, log) as launcher:
+        assert launcher.wait(timeout=120) != 0
+    assert "molf: error: accelerate launch --cpu starts one process" in log.read_text()
+    assert not out.exists()
