@@ -6,10 +6,12 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from processes import run
 from train_programs import command, options
 
 from models import causal_lm
+from molf import MoLFTrainerMixin
 from molf.cli import main
 from molf.train.arguments import TrainArguments
 from molf.train.sharded import ShardedCallback, layers
@@ -44,12 +46,16 @@ def test_refused(tmp_path: Path, facts: Path, monkeypatch, capsys, case: str) ->
 def test_refused_by_two_processes_in_one_voice(tmp_path: Path, facts: Path) -> None:
     """The second waits for the launcher to end it."""
     cases = [
-        (["--method", "dora"], r"fsdp=true: dora needs whole weights"),
-        (["--step_in_backward", "true", "--max_grad_norm", "0"], "step_in_backward=True with 2 processes"),
-        (["--fsdp_config", '{"dp_replicate_size": 3}'], "fsdp_config dp_replicate_size=3: must divide the 2 processes"),
+        ("lora", ["--method", "dora"], r"fsdp=true: dora needs whole weights"),
+        ("molf", ["--step_in_backward", "true", "--max_grad_norm", "0"], "step_in_backward=True with 2 processes"),
+        (
+            "molf",
+            ["--fsdp_config", '{"dp_replicate_size": 3}'],
+            "fsdp_config dp_replicate_size=3: must divide the 2 processes",
+        ),
     ]
-    for words, message in cases:
-        argv = [*options("molf", facts, tmp_path / "run", 1), "--fsdp", *words]
+    for method, words, message in cases:
+        argv = [*options(method, facts, tmp_path / "run", 1), "--fsdp", *words]
         first, second = run(tmp_path, 2, command, argv)
         assert first["err"].strip().split("\n")[-1].startswith(f"molf: error: {message}"), first
         assert f"molf: error: process 1: {message}" in second["err"]
@@ -67,3 +73,10 @@ def test_layers_are_those_that_are_numbered(name: str) -> None:
     model = causal_lm(name)
     kind = {"qwen2": "Qwen2DecoderLayer", "gpt2": "GPT2Block"}[name]
     assert [type(layer).__name__ for layer in layers(model)] == [kind, kind]
+
+
+def test_a_trainer_that_shards_too_late_is_refused() -> None:
+    trainer = object.__new__(MoLFTrainerMixin)
+    trainer.model, trainer.is_fsdp_enabled = torch.nn.Linear(2, 2), True
+    with pytest.raises(ValueError, match=r"fsdp: .* call molf.train.sharded.shard\(model, args\) first"):
+        trainer.create_optimizer()

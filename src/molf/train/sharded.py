@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,30 +35,28 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.optim import Optimizer
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from ..optim.sharding import is_distributed
 from .distributed import is_sharded
 from .verify import REST, SHARDED
 
-if TYPE_CHECKING:
-    from .arguments import TrainArguments
 
-
-def shard(model: nn.Module, args: TrainArguments) -> None:
-    """Shard every layer, and the rest of the model, over the processes of ``args``, as its ``fsdp_config`` says.
+def shard(model: nn.Module, args: TrainingArguments) -> None:
+    """Shard every layer, and the rest of the model, over all processes; call it before the Trainer is made.
 
     Tied weights stay tied, because both are in the rest; transformers' own sharding, when it loads a model, and the one
     of accelerate part them (5.23) or come after the optimizer is made (1.15).
 
     Args:
         model: On any device, the same on every process.
-        args: With ``fsdp``.
+        args: The Trainer's, with ``bf16`` and maybe ``fsdp_config``: ``cpu_offload`` keeps shards on the CPU, and with
+            ``dp_replicate_size`` each of so many groups of processes has all shards (HSDP).
 
     Raises:
         ValueError: If the replicas do not divide the processes.
     """
-    config: Any = args.fsdp_config
+    config: Any = args.fsdp_config or {}
     replicas = int(config.get("dp_replicate_size", 1))
     if replicas < 1 or args.world_size % replicas:
         raise ValueError(f"fsdp_config dp_replicate_size={replicas}: must divide the {args.world_size} processes")
@@ -89,8 +87,14 @@ def layers(model: nn.Module) -> Iterator[nn.Module]:
 class ShardedTraining:
     """Mixin for a Trainer: a model that is sharded already is trained as it is, and saved whole by the first process.
 
+    Leave the Trainer's own ``fsdp`` alone: accelerate would shard the model when the optimizer has been made. With
+    ``WholeCheckpoints`` in front its checkpoints hold the sharded state of the optimizer, and a resume is exact.
+
     Example:
-        class MyTrainer(ShardedTraining, Trainer): ...
+        class MyTrainer(WholeCheckpoints, ShardedTraining, SFTTrainer): ...
+
+        shard(model, args)
+        MyTrainer(model, args, ..., optimizer_cls_and_kwargs=(MoLFOptimizerFactory, {"config": config})).train()
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
