@@ -27,7 +27,10 @@ ACCELERATE = [str(Path(sys.executable).parent / "accelerate"), "launch", "--num_
 def started(command: list[str], log: Path) -> Iterator[subprocess.Popen[str]]:
     """A process group of its own, which does not outlive the block; what it says goes to a file."""
     with log.open("w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, text=True, start_new_session=True)
+        environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # for restarts with gloo (torch 2.13)
+        process = subprocess.Popen(
+            command, stdout=file, stderr=file, text=True, start_new_session=True, env=environment
+        )
         try:
             yield process
         finally:
@@ -92,3 +95,22 @@ def test_accelerate_launch_on_cpus_is_refused(tmp_path: Path, facts: Path) -> No
         assert launcher.wait(timeout=120) != 0
     assert "molf: error: accelerate launch --cpu starts one process" in log.read_text()
     assert not out.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the processes in /proc")
+def test_torchrun_restarts_and_auto_continues(tmp_path: Path, facts: Path) -> None:
+    out, log = tmp_path / "run", tmp_path / "log"
+    steps = ["--save_strategy", "steps", "--save_steps", "2", "--resume_from_checkpoint", "auto", "--fsdp", "true"]
+    restarting = [*TORCHRUN[:-2], "--max_restarts", "1", *TORCHRUN[-2:]]
+    with started([*restarting, "train", *options("molf", facts, out, 30, *steps)], log) as launcher:
+        until = time.monotonic() + 90
+        while not (out / "checkpoint-4").exists() and time.monotonic() < until and launcher.poll() is None:
+            time.sleep(0.05)
+        victim = pid_of(1, launcher.pid)
+        assert victim, log.read_text()
+        os.kill(victim, signal.SIGKILL)
+        assert launcher.wait(timeout=120) == 0, log.read_text()
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["steps"] == 30
+    assert metrics["resumed_from"]

@@ -23,7 +23,7 @@ ENGINES = {
     "parallel": ([], {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "parallelism_config: weights that are cut"),
     "fsdp1": (["--fsdp", "true", "--fsdp_config", '{"version": 1}'], {}, "version=1: FSDP1 flattens .* use 2"),
     "legacy": (["--fsdp", "full_shard auto_wrap"], {}, "fsdp='full_shard auto_wrap': give true"),
-    "file": (["--fsdp", "true", "--fsdp_config", "fsdp.json"], {}, "fsdp_config='fsdp.json': give a mapping"),
+    "file": (["--fsdp", "true", "--fsdp_config", "fsdp.json"], {}, "fsdp_config='fsdp.json' .*: give a mapping"),
     "unused": (["--fsdp", "--fsdp_config", '{"fsdp_state_dict_type": "X"}'], {}, "state_dict_type='X' is not used"),
     "alone": (["--fsdp"], {}, "fsdp=true with one process has nothing to shard"),
     "no-accelerator": (["--use_cpu", "false"], {"WORLD_SIZE": "2"}, "2 processes were started, .* --use_cpu true"),

@@ -283,6 +283,10 @@ class TrainArguments(SFTConfig):
         if self.activation_checkpointing is None:  # transformers' new name for TRL's gradient_checkpointing
             self.activation_checkpointing = self.gradient_checkpointing
         refuse_engines(self)
-        fsdp, self.fsdp = self.fsdp, None  # the Trainer would have accelerate shard, after the optimizer is made
+        this: Any = self
+        fsdp, config = check_fsdp(self.fsdp, self.fsdp_config)
+        if config.get("cpu_offload") and torch.cuda.is_available():  # the optimizer then adds up tensors on the CPU
+            this.ddp_backend = this.ddp_backend or "cuda:nccl,cpu:gloo"
+        self.fsdp = self.fsdp_config = None  # the Trainer would have accelerate shard, after the optimizer is made
         super().__post_init__()
-        self.fsdp, self.fsdp_config = check_fsdp(fsdp, self.fsdp_config)  # type: ignore[assignment]
+        this.fsdp, this.fsdp_config = fsdp, config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -51,19 +52,22 @@ def check_fsdp(fsdp: Any, config: Any) -> tuple[bool, dict[str, Any]]:
     """
     if str(fsdp).lower() not in ("true", "false", "none", ""):
         raise ValueError(f"fsdp={fsdp!r}: give true, and settings in fsdp_config")
-    if config is not None and not isinstance(config, dict):
-        raise ValueError(
-            f"fsdp_config={config!r}: give a mapping in the YAML file, or JSON such as '{{\"version\": 2}}'"
-        )
-    found = {key.removeprefix("fsdp_"): value for key, value in (config or {}).items()}
+    try:
+        config = json.loads(config) if isinstance(config, str) else config or {}
+        if not isinstance(config, dict):
+            raise ValueError("not a mapping")
+    except ValueError as error:
+        remedy = "give a mapping in the YAML file, or JSON such as '{\"version\": 2}'"
+        raise ValueError(f"fsdp_config={config!r} ({error}): {remedy}") from error
+    found = {key.removeprefix("fsdp_"): value for key, value in config.items()}
     if str(found.get("version", 2)) != "2":
         raise ValueError(
             f"fsdp_config version={found['version']}: FSDP1 flattens the weights, and no matrix is left to route; use 2"
         )
     for key in found.keys() - set(FSDP_CONFIG):
         raise ValueError(
-            f"fsdp_config {key}={found[key]!r} is not used: layers are sharded as the model's own plan says, whole "
-            f"weights and sharded optimizer state are saved; leave it out, known are {', '.join(FSDP_CONFIG)}"
+            f"fsdp_config {key}={found[key]!r} is not used: every layer is sharded, whole weights and sharded state of "
+            f"the optimizer are saved; leave it out, known are {', '.join(FSDP_CONFIG)}"
         )
     return str(fsdp).lower() == "true", found
 
