@@ -26,7 +26,6 @@ ENGINES = {
     "file": (["--fsdp", "true", "--fsdp_config", "fsdp.json"], {}, "fsdp_config='fsdp.json' .*: give a mapping"),
     "unused": (["--fsdp", "--fsdp_config", '{"fsdp_state_dict_type": "X"}'], {}, "state_dict_type='X' is not used"),
     "alone": (["--fsdp"], {}, "fsdp=true with one process has nothing to shard"),
-    "no-accelerator": (["--use_cpu", "false"], {"WORLD_SIZE": "2"}, "2 processes were started, .* --use_cpu true"),
     "no-mpi": ([], {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1"}, "accelerate launch --cpu starts one"),
 }
 
@@ -48,6 +47,9 @@ def test_refused_by_two_processes_in_one_voice(tmp_path: Path, facts: Path) -> N
     cases = [
         ("lora", ["--method", "dora"], r"fsdp=true: dora needs whole weights"),
         ("molf", ["--step_in_backward", "true", "--max_grad_norm", "0"], "step_in_backward=True with 2 processes"),
+        ("molf", ["--use_cpu", "false"], "use_cpu=False: 2 processes were started, and there is no accelerator"),
+        ("molf", ["--fp16", "true"], "fp16=True: its loss scaler does not see"),
+        ("molf", ["--dry_run", "true"], "dry_run=True with 2 processes: it weighs one"),
         (
             "molf",
             ["--fsdp_config", '{"dp_replicate_size": 3}'],
@@ -59,6 +61,13 @@ def test_refused_by_two_processes_in_one_voice(tmp_path: Path, facts: Path) -> N
         first, second = run(tmp_path, 2, command, argv)
         assert first["err"].strip().split("\n")[-1].startswith(f"molf: error: {message}"), first
         assert f"molf: error: process 1: {message}" in second["err"]
+
+
+def test_other_commands_are_one_process(monkeypatch, capsys) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert main(["compare", "--task", "world-fact"]) == 2
+    assert "molf: error: molf compare is one process: start it without torchrun" in capsys.readouterr().err
 
 
 def test_a_model_that_is_whole_is_not_trained_as_a_sharded_one() -> None:

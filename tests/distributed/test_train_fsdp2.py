@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from train_programs import command, everything, halve, losses, options, train_to
 
 from molf.cli import main
 
+ROOT = Path(__file__).parents[2]
 STEPS = 4
 SAVED = ["--save_strategy", "steps", "--save_steps", "2"]
 ONE = ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "4"]
@@ -61,6 +63,18 @@ def test_scores_of_a_sharded_model_are_those_of_the_saved_one(tmp_path: Path, fa
     assert main(["eval", "--model", str(out), *saved]) == 0
     found = json.loads((tmp_path / "eval.json").read_text())["metrics"]
     assert {name: metrics[name] for name in found} == pytest.approx(found, rel=1e-4)
+
+
+def test_the_commands_of_the_page(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "distributed.md").read_text()
+    commands = re.findall(r"^torchrun --nproc_per_node 2 -m molf train (.*)$", page, re.MULTILINE)
+    assert len(commands) == 2
+    for line in commands:
+        argv = line.replace(" src/", f" {ROOT}/src/").replace(" runs/", f" {tmp_path}/").split()
+        argv += ["--max_examples", "8", "--max_steps", "2"]
+        assert [each["status"] for each in run(tmp_path, 2, command, argv)] == [0, 0]
+    for kind in ("ddp", "fsdp2"):
+        assert (tmp_path / kind / "metrics.json").exists()
 
 
 @pytest.mark.slow

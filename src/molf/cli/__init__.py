@@ -59,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     command, *rest = arguments
     if command not in COMMANDS:
         return _fail(f"unknown command {command!r}: choose one of {', '.join(COMMANDS)}")
+    if command != "train" and "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return _fail(f"molf {command} is one process: start it without torchrun or accelerate launch")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports its use to the hub; here nothing phones home
     try:
         import_module(f".{command}", __name__).run(rest)

@@ -173,6 +173,12 @@ class MethodArguments:
         if args.fsdp and (self.quantization != "none" or self.method in _NOT_SHARDED):
             what = self.method if self.quantization == "none" else f"quantization={self.quantization}"
             raise ValueError(f"fsdp=true: {what} needs whole weights to start from; use DDP, which is fsdp=false")
+        if args.fsdp and args.fp16:
+            raise ValueError("fp16=True: its loss scaler does not see the gradients of other processes; use bf16")
+        if self.dry_run and args.world_size > 1:
+            raise ValueError(
+                f"dry_run=True with {args.world_size} processes: it weighs one; start it without a launcher"
+            )
         if spec.routes and args.optim != TrainArguments.optim:
             raise ValueError(f"optim={args.optim}: {self.method} is the optimizer; leave the option out")
         if spec.adapter and not spec.routes and args.weight_decay != TrainArguments.weight_decay:

@@ -80,7 +80,7 @@ def check_launch(args: TrainArguments) -> None:
     """
     if args.world_size > 1:
         return
-    started = int(os.environ.get("WORLD_SIZE", "1"))
+    started = int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
     if started > 1:
         raise ValueError(
             f"use_cpu={args.use_cpu}: {started} processes were started, and there is no accelerator for them; give "
