@@ -13,7 +13,19 @@ from molf.cli import main
 from molf.cli.compare import _options as compare_options
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("quickstart", "tuning", "memory", "report", "troubleshooting", "compare", "method", "api", "faults", "export")
+PAGES = (
+    "quickstart",
+    "tuning",
+    "memory",
+    "report",
+    "troubleshooting",
+    "compare",
+    "method",
+    "api",
+    "faults",
+    "export",
+    "distributed",
+)
 SHORTER = {"train": "--max_examples 8 --max_steps 2 --use_cpu true --gradient_checkpointing false".split()}
 
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
-    ["torch", "transformers", "peft", "torchao", "molf"]
+    ["torch", "transformers", "peft", "torchao", "molf", "molf.cli.train"]
 )  # imported once, not by every process
 
 
@@ -50,6 +50,7 @@ def _enter(
     rank: int, world: int, store: str, result: Path, function: Callable[..., Any], args: Any, kwargs: Any
 ) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+    os.environ |= {"LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}  # accelerate looks for them
     torch.set_num_threads(1)
     torch.manual_seed(0)
     dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)

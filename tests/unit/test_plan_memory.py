@@ -83,10 +83,10 @@ def test_shards_and_copies() -> None:
     one, ddp, fsdp = plan.memory(), plan.memory(2), plan.memory(2, sharded=True)
     assert ddp == {**one, "communication": one["gradients"]}
     virtual = [tensor for tensor in plan.held if tensor.kind == "experts"]
-    whole = [tensor for tensor in virtual if not tensor.sharded]
+    whole = [tensor for tensor in virtual if not tensor.dealt]
     assert {tensor.shape[0] for tensor in whole} == {4}
     assert len(whole) == len(virtual) / 2
-    assert fsdp["experts"] == sum(t.bytes for t in whole) + sum(t.bytes for t in virtual if t.sharded) // 2
+    assert fsdp["experts"] == sum(t.bytes for t in whole) + sum(t.bytes for t in virtual if t.dealt) // 2
     assert fsdp["masters"] == one["masters"] / 2
     assert plan.memory(1, sharded=True) == one
 

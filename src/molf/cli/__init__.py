@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 from importlib import import_module
 
@@ -33,6 +34,13 @@ _SMALLER = (
 )
 
 
+_CONTINUE = (
+    "Its own message, or the launcher's, says why; --resume_from_checkpoint auto continues from the last checkpoint"
+)
+_PATIENCE = 3.0
+"""Seconds that other processes leave to the first one: it says what all of them know, and the launcher ends them."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 2 for an error that the user can mend, 130 for an interrupt.
 
@@ -51,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     command, *rest = arguments
     if command not in COMMANDS:
         return _fail(f"unknown command {command!r}: choose one of {', '.join(COMMANDS)}")
+    if command != "train" and "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return _fail(f"molf {command} is one process: start it without torchrun or accelerate launch")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports its use to the hub; here nothing phones home
     try:
         import_module(f".{command}", __name__).run(rest)
@@ -59,6 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, NonFiniteError, ResumeError) as error:
         return _fail(str(error) or type(error).__name__)
     except (MemoryError, RuntimeError) as error:
+        if _lost_process(error):
+            reason = str(error).rpartition("] ")[2].split(". ")[0]  # after gloo's place in the code, before its advice
+            return _fail(f"another process of this run has ended ({reason}). {_CONTINUE}")
         if not _out_of_memory(error):
             raise
         return _fail(f"out of memory: {str(error).strip() or type(error).__name__}. {_SMALLER}")
@@ -73,6 +86,15 @@ def _out_of_memory(error: Exception) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
+def _lost_process(error: Exception) -> bool:
+    """NCCL's errors have a class; gloo's are RuntimeErrors like any other."""
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+
+
 def _fail(message: str) -> int:
+    process = int(os.environ.get("RANK", "0"))
+    if process > 0:
+        time.sleep(_PATIENCE)
+        message = f"process {process}: {message}"
     print(f"molf: error: {' '.join(message.split())}", file=sys.stderr)
     return 2

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
 from collections.abc import Sequence
 from types import UnionType
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
@@ -105,6 +107,11 @@ def run(argv: Sequence[str]) -> None:
     if method.dry_run:
         print(compared(dry_run(method, args)))
         return
-    metrics = train(method, args)
-    print(json.dumps(metrics, indent=2))
-    print(f"saved to {args.output_dir}")
+    with contextlib.ExitStack() as silent:
+        if args.process_index > 0:  # the first process speaks for all; an error is told after this
+            nowhere = silent.enter_context(open(os.devnull, "w"))
+            silent.enter_context(contextlib.redirect_stdout(nowhere))
+            silent.enter_context(contextlib.redirect_stderr(nowhere))
+        metrics = train(method, args)
+        print(json.dumps(metrics, indent=2))
+        print(f"saved to {args.output_dir}")

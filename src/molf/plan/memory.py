@@ -64,19 +64,19 @@ class Held:
         name: The parameter that it belongs to.
         shape: Its shape.
         bytes: Its size.
-        sharded: Whether FSDP2 keeps a row shard of it per GPU; A of virtual experts and its moments are whole on each.
+        dealt: How many rows, or columns, FSDP2 deals out to the GPUs; 0 if each has it whole, as it has of the virtual
+            experts the factor that sums over what is dealt out of the weight: A, or B where the weight is transposed.
     """
 
     kind: str
     name: str
     shape: tuple[int, ...]
     bytes: int
-    sharded: bool = True
+    dealt: int
 
     def bytes_on(self, gpus: int) -> int:
         """Of one GPU's shard: rows are dealt out in equal parts, the last of which may be smaller."""
-        rows = self.shape[0] if self.shape else 1
-        return -(-rows // gpus) * self.bytes // max(1, rows) if self.sharded else self.bytes
+        return -(-self.dealt // gpus) * self.bytes // self.dealt if self.dealt else self.bytes
 
 
 @dataclass(frozen=True)
@@ -211,19 +211,29 @@ def _of_model(model: nn.Module, packed: dict[int, Tensor], quantization: str) ->
     for name, parameter in model.named_parameters():
         shape = tuple(parameter.shape)
         size = _packed_size(parameter, quantization) if id(parameter) in packed else _size(parameter)
-        yield Held("experts" if ".lora_" in name else "weights", name, shape, size)
+        yield Held("experts" if ".lora_" in name else "weights", name, shape, size, _rows(parameter))
         if parameter.requires_grad:
-            yield Held("gradients", name, shape, _size(parameter))
+            yield Held("gradients", name, shape, _size(parameter), _rows(parameter))
+
+
+def _rows(tensor: Tensor) -> int:
+    return tensor.shape[0] if tensor.dim() else 0
 
 
 def _of_optimizer(optimizer: Any) -> Iterator[Held]:
     """What ``optimizer.state`` holds, as it is: W where there is one, virtual experts with their moments, moments."""
+    transposed = {f"{module.name}.weight" for module in optimizer.modules if module.transposed}
     for group in optimizer.param_groups:
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
             for key, value in optimizer.state[parameter].items():
-                if key != "step":
-                    kind = "masters" if key == "base" else "experts" if key.startswith("lora_") else "moments"
-                    yield Held(kind, name, tuple(value.shape), _size(value), not key.startswith("lora_A"))
+                if key == "step":
+                    continue
+                kind = "masters" if key == "base" else "experts" if key.startswith("lora_") else "moments"
+                dealt = _rows(value)
+                if kind == "experts":  # A (R, in) goes by the weight's inputs, B (out, R) by its outputs
+                    by_inputs = key.startswith("lora_A")
+                    dealt = value.shape[int(by_inputs)] if by_inputs == (name in transposed) else 0
+                yield Held(kind, name, tuple(value.shape), _size(value), dealt)
 
 
 def _of_step(optimizer: Any) -> int:
@@ -241,7 +251,7 @@ def _of_step(optimizer: Any) -> int:
 def _of_adamw(model: nn.Module) -> Iterator[Held]:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            yield Held("moments", name, tuple(parameter.shape), 2 * _size(parameter))
+            yield Held("moments", name, tuple(parameter.shape), 2 * _size(parameter), _rows(parameter))
 
 
 def _routed_rows(model: nn.Module, optimizer: Any) -> Iterator[Row]:

@@ -11,12 +11,14 @@ from trl import SFTConfig
 from ..optim import MoLFConfig
 from ..tasks import TASKS
 from ..tasks.prompts import LONG_PROMPTS
+from .distributed import FSDP_CONFIG, check_fsdp, check_launch, refuse_engines
 from .methods import METHODS, resolve
 from .nonfinite import ON_NONFINITE
 from .quantize import PACKAGES
 from .resume import starts_anew
 
 _COMPILE: dict[str, bool | str] = {"auto": "auto", "true": True, "false": False}
+_NOT_SHARDED = ("dora", "pissa", "adalora")
 _IN_BACKWARD = {"gradient_accumulation_steps": 1, "max_grad_norm": 0, "fp16": False, "on_nonfinite": "stop"}
 """With step_in_backward: a step is made before another batch, all gradients or a loss scaler are there."""
 
@@ -95,6 +97,9 @@ class MethodArguments:
         "max_grad_norm 0.",
         False,
     )
+    check_ranks_every: int | None = _help(
+        "Compare what must be equal on all processes every this many steps, and stop where it is not."
+    )
 
     dry_run: bool = _help(
         "Make three steps, print their peak memory next to the estimate of molf plan, and save nothing.", False
@@ -164,6 +169,16 @@ class MethodArguments:
             ValueError: Naming the argument, its value and the remedy.
         """
         spec = METHODS[self.method]
+        check_launch(args)
+        if args.fsdp and (self.quantization != "none" or self.method in _NOT_SHARDED):
+            what = self.method if self.quantization == "none" else f"quantization={self.quantization}"
+            raise ValueError(f"fsdp=true: {what} needs whole weights to start from; use DDP, which is fsdp=false")
+        if args.fsdp and args.fp16:
+            raise ValueError("fp16=True: its loss scaler does not see the gradients of other processes; use bf16")
+        if self.dry_run and args.world_size > 1:
+            raise ValueError(
+                f"dry_run=True with {args.world_size} processes: it weighs one; start it without a launcher"
+            )
         if spec.routes and args.optim != TrainArguments.optim:
             raise ValueError(f"optim={args.optim}: {self.method} is the optimizer; leave the option out")
         if spec.adapter and not spec.routes and args.weight_decay != TrainArguments.weight_decay:
@@ -176,6 +191,11 @@ class MethodArguments:
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
             if getattr(args, name) < 1:
                 raise ValueError(f"{name}={getattr(args, name)}: must be at least 1")
+        if self.step_in_backward and args.world_size > 1:
+            raise ValueError(
+                f"step_in_backward=True with {args.world_size} processes: a layer would be stepped before its gradient "
+                "is averaged over them; leave it out"
+            )
         for name, value in _IN_BACKWARD.items() if self.step_in_backward else ():
             if getattr(args, name) != value:
                 raise ValueError(
@@ -220,6 +240,7 @@ class MethodArguments:
             keep_base=self.keep_base,
             moments_8bit=self.moments_8bit,
             step_in_backward=self.step_in_backward,
+            check_ranks_every=self.check_ranks_every,
         )
         return resolve(self.method, config)
 
@@ -244,8 +265,17 @@ class TrainArguments(SFTConfig):
     bf16: bool | None = _help("bf16 mixed precision; default on a GPU.")
     activation_checkpointing: bool | None = _help("transformers' new name for gradient_checkpointing.")
     dataloader_pin_memory: bool = _help("Pin memory of batches; default on a GPU.", torch.cuda.is_available())
+    use_cpu: bool = _help(
+        "Train on the CPU; default where there is nothing else.", not torch.accelerator.is_available()
+    )
     resume_from_checkpoint: str | None = _help(
         "A checkpoint folder; last, the newest whole one in output_dir; or auto, the same if there is one, else start."
+    )
+    fsdp: str | None = field(
+        default=None, metadata={"help": "Shard the model over the processes, with FSDP2.", "nargs": "?", "const": True}
+    )
+    fsdp_config: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": f"JSON, or a mapping in YAML, with {', '.join(FSDP_CONFIG)}."}
     )
     on_nonfinite: str = _help("At a loss or gradient that is NaN or infinite: stop, or skip the step.", "stop")
     nonfinite_limit: int = _help("How many such steps in a row are skipped before the run stops.", 10)
@@ -258,4 +288,11 @@ class TrainArguments(SFTConfig):
             self.bf16 = torch.cuda.is_available() and not self.fp16
         if self.activation_checkpointing is None:  # transformers' new name for TRL's gradient_checkpointing
             self.activation_checkpointing = self.gradient_checkpointing
+        refuse_engines(self)
+        this: Any = self
+        fsdp, config = check_fsdp(self.fsdp, self.fsdp_config)
+        if config.get("cpu_offload") and torch.cuda.is_available():  # the optimizer then adds up tensors on the CPU
+            this.ddp_backend = this.ddp_backend or "cuda:nccl,cpu:gloo"
+        self.fsdp = self.fsdp_config = None  # the Trainer would have accelerate shard, after the optimizer is made
         super().__post_init__()
+        this.fsdp, this.fsdp_config = fsdp, config

@@ -9,11 +9,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import TrainerState
 
+from .distributed import is_sharded
 from .files import sha256, sync, write_json
-from .verify import MANIFEST, UNFINISHED, check_fits, checkpoints
+from .sharded import load_optimizer, load_weights, save_optimizer
+from .verify import MANIFEST, SHARDED, UNFINISHED, check_fits, checkpoints
 
 
 class WholeCheckpoints:
@@ -25,6 +29,9 @@ class WholeCheckpoints:
     ``resume_from_checkpoint=True`` finds a checkpoint that is whole, ``save_total_limit=1`` included.
 
     On a resume, a checkpoint of another model or of other experts is refused before any weight is loaded.
+
+    With several processes the first publishes and removes while the others wait, so ``output_dir`` has to be one folder
+    for all of them. Of a model that FSDP2 shards, weights are whole and the optimizer's state is sharded.
 
     Example:
         class MyTrainer(WholeCheckpoints, Trainer): ...
@@ -66,7 +73,28 @@ class WholeCheckpoints:
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         this: Any = self
         check_fits(Path(resume_from_checkpoint), this.model, this.optimizer_cls_and_kwargs)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        if is_sharded(this.model) and not isinstance(this.model, PeftModel):
+            load_weights(this.model, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        this: Any = self
+        if not is_sharded(this.model):
+            super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+            return
+        save_optimizer(this.model, this.optimizer.optimizer, Path(output_dir))
+        if this.args.should_save:
+            torch.save(this.lr_scheduler.state_dict(), os.path.join(output_dir, "scheduler.pt"))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        this: Any = self
+        if checkpoint is None or not (Path(checkpoint) / SHARDED).is_dir():
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+            return
+        load_optimizer(this.model, this.optimizer.optimizer, Path(checkpoint))
+        scheduler = torch.load(os.path.join(checkpoint, "scheduler.pt"), weights_only=True)
+        this.lr_scheduler.load_state_dict(scheduler)
 
     def load_ended(self, checkpoint: str) -> None:
         """Take over weights and state of a checkpoint of the last step; ``train`` would make one step more."""

@@ -18,7 +18,7 @@ from ..optim import MoLFConfig, molf_lora_config
 
 _LORA = ("expert_ranks", "lora_alpha", "use_rslora", "lora_lr", "lora_weight_decay", "lora_dropout")
 _ROUTING = ("top_k", "score_fn", "train_other")
-_STEP = ("compile", "keep_base", "moments_8bit", "step_in_backward")
+_STEP = ("compile", "keep_base", "moments_8bit", "step_in_backward", "check_ranks_every")
 _SCORES = ("top_k", "score_fn")
 _TARGETS = ("target_modules", "exclude_modules")
 

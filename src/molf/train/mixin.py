@@ -48,6 +48,11 @@ class MoLFTrainerMixin:
     def create_optimizer(self, model: nn.Module | None = None) -> MoLFAdamW:
         """Make the optimizer, once; called by the Trainer."""
         self._check_reference()
+        if getattr(self, "is_fsdp_enabled", False):
+            raise ValueError(
+                "fsdp: accelerate would shard the model when its optimizer has been made; leave fsdp out, call "
+                "molf.train.sharded.shard(model, args) first, and mix ShardedTraining into the trainer"
+            )
         optimizer: MoLFAdamW = super().create_optimizer(model)  # type: ignore[misc]
         return optimizer
 

@@ -10,12 +10,16 @@ from torch import Tensor, nn
 
 from ..optim.guards import NonFiniteError, NonFiniteGradientError, probes
 from ..optim.quantized import as_float
+from ..optim.sharding import local
+from .distributed import first_error
 
 ON_NONFINITE = ("stop", "skip")
 
 
 class FiniteSteps:
     """Mixin for a Trainer: no optimizer step from what is not finite, and nothing of the kind in a saved file.
+
+    With several processes all stop, or skip, by the error of the first that has one.
 
     Loss and gradients are looked at before clipping, which spreads one NaN over all gradients, and before the Trainer's
     ``logging_nan_inf_filter`` replaces the loss. It costs one sum per gradient and one device-to-host copy per step.
@@ -46,15 +50,27 @@ class FiniteSteps:
         self._losses = (*self._losses, loss)
         if this.accelerator.sync_gradients:
             losses, self._losses = self._losses, ()
-            try:
-                check_step(this.model, losses, gradients=this.accelerator.scaler is None)
-            except NonFiniteError as error:
-                check_weights(this.model, "nothing was updated")  # the cause, and not one that skipping heals
-                self._skip(error)
+            if (found := first_error(self._broken(losses))) is not None:
+                self._stop_or_skip(*found)
         return loss
 
-    def _skip(self, error: NonFiniteError) -> None:
+    def _broken(self, losses: tuple[Tensor, ...]) -> tuple[NonFiniteError, bool] | None:
+        """What this process sees that is not finite, and whether skipping heals it: not if a weight is the cause."""
         this: Any = self
+        try:
+            check_step(this.model, losses, gradients=this.accelerator.scaler is None)
+        except NonFiniteError as error:
+            try:
+                check_weights(this.model, "nothing was updated")
+            except NonFiniteError as cause:
+                return cause, False
+            return error, True
+        return None
+
+    def _stop_or_skip(self, error: NonFiniteError, heals: bool) -> None:
+        this: Any = self
+        if not heals:
+            raise error
         step = this.state.global_step + 1
         if self.on_nonfinite == "stop":
             raise type(error)(f"step {step}: {error}") from error
@@ -77,9 +93,19 @@ class FiniteSteps:
             NonFiniteError: Naming what is not; nothing has been written then.
         """
         this: Any = self
-        check_weights(this.model, "nothing was saved")
-        check_state(this.model, this.optimizer)
+        if (error := first_error(_unfit(this.model, this.optimizer))) is not None:
+            raise error
         super().save_model(*args, **kwargs)  # type: ignore[misc]
+
+
+def _unfit(model: nn.Module, optimizer: Any) -> NonFiniteError | None:
+    """Why a model and its optimizer must not be saved, if there is a reason."""
+    try:
+        check_weights(model, "nothing was saved")
+        check_state(model, optimizer)
+    except NonFiniteError as error:
+        return error
+    return None
 
 
 def skipped_steps(history: Sequence[dict[str, Any]]) -> list[int]:
@@ -98,7 +124,7 @@ def check_step(model: nn.Module, losses: Sequence[Tensor], gradients: bool = Tru
     Raises:
         NonFiniteError: Naming the loss, else the first gradient.
     """
-    graded = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None and gradients]
+    graded = [(name, local(p.grad)) for name, p in model.named_parameters() if p.grad is not None and gradients]
     found = [*losses, *probes([grad for _, grad in graded])]
     finite = torch.stack([x.detach().to(losses[0].device, torch.float32) for x in found]).isfinite().tolist()
     if all(finite):
@@ -123,7 +149,7 @@ def check_weights(model: nn.Module, consequence: str) -> None:
     Raises:
         NonFiniteError: Naming the first weight that is not finite, with the consequence.
     """
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad or _ordinary(p)]
+    named = [(n, local(p)) for n, p in model.named_parameters() if p.requires_grad or _ordinary(p)]
     name = _first_broken(named)
     if name is not None:
         raise NonFiniteError(
@@ -141,7 +167,7 @@ def check_state(model: nn.Module, optimizer: Any) -> None:
         return
     names = {id(p): name for name, p in model.named_parameters()}
     named = [
-        (f"{key} of {names.get(id(parameter), 'a parameter')}", as_float(value))
+        (f"{key} of {names.get(id(parameter), 'a parameter')}", local(as_float(value)))
         for parameter, state in optimizer.state.items()
         for key, value in state.items()
         if isinstance(value, Tensor) and value.is_floating_point() and value.numel() > 1

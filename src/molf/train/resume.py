@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ _OUTPUTS = (
     "adapter_model.safetensors",
     "checkpoint-*",
 )
+_BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 _DECISIVE = (
     "learning_rate lr_scheduler_type warmup_steps num_train_epochs max_steps per_device_train_batch_size "
     "gradient_accumulation_steps seed data_seed adam_beta1 adam_beta2 adam_epsilon max_length packing packing_strategy "
@@ -127,10 +129,34 @@ def check_same(run: Path, resolved: dict[str, Any]) -> None:
         return
     saved, now = json.loads(record.read_text()), json.loads(json.dumps(resolved, default=str))
     parts = {"training": _DECISIVE, "molf": now["molf"], "method": _OF_METHOD}
-    for key, part in ((key, part) for part, keys in parts.items() for key in keys):
+    pairs = [(key, part) for part, keys in parts.items() for key in keys]
+    if saved.get("processes", 1) != now["processes"]:
+        _check_same_batch(saved, now, run)
+        pairs = [(key, part) for key, part in pairs if key not in _BATCH]
+    for key, part in pairs:
         old, new = saved.get(part, {}).get(key), now[part].get(key)
         if old != new:
             raise ValueError(
                 f"{key} was {old} in the run of {run}, now it is {new}: a resumed run continues exactly, so keep the "
                 "options or start a new run in another output_dir"
             )
+
+
+def _check_same_batch(saved: dict[str, Any], now: dict[str, Any], run: Path) -> None:
+    """Another number of processes continues where every step has the same examples, if not bit for bit.
+
+    Raises:
+        ValueError: If the number of examples per step differs.
+    """
+    old, new = (
+        math.prod((each.get("processes", 1), *(each["training"][key] for key in _BATCH))) for each in (saved, now)
+    )
+    if old != new:
+        raise ValueError(
+            f"a step had {old} examples in the run of {run} ({saved.get('processes', 1)} processes), now it has {new} "
+            f"({now['processes']} processes): change {' or '.join(_BATCH)} so that it has {old}"
+        )
+    print(
+        f"continued by {now['processes']} processes, not {saved.get('processes', 1)}: every step has the same "
+        "examples, but sums are rounded in another order"
+    )

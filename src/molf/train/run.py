@@ -31,12 +31,14 @@ from .arguments import MethodArguments, TrainArguments
 from .callbacks import PlanCallback, RoutingCallback, SpeedCallback, before_loggers
 from .checkpoints import WholeCheckpoints, writing
 from .data import fit_examples, load_data
+from .distributed import from_first, is_sharded
 from .files import sync, write_json
 from .load import hub_commit, load_model, load_tokenizer, naming, versions
 from .methods import METHODS, Adapted
 from .nonfinite import FiniteSteps, skipped_steps
 from .quantize import PACKAGES, keep_adapters_in_fp32, quantized
 from .resume import find_checkpoint, finished, is_over
+from .sharded import ShardedCallback, ShardedTraining, shard
 
 
 def train(method: MethodArguments, args: TrainArguments, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
@@ -51,12 +53,16 @@ def train(method: MethodArguments, args: TrainArguments, callbacks: Sequence[Tra
         ValueError: If an argument, the data, the model or a checkpoint does not fit; no result is written then.
         OSError: If the model or the data cannot be read.
         NonFiniteError: If a loss, gradient or weight is NaN or infinite; the last checkpoint is good.
+
+    With several processes all call it, the first alone writes and, unless the model is sharded, scores; the others
+    return what they know.
     """
     spec = METHODS[method.method]
     config, resolved = _resolved(method, args)
-    if (ended := finished(args.resume_from_checkpoint, str(args.output_dir), resolved)) is not None:
+    where = args.resume_from_checkpoint, str(args.output_dir), resolved
+    if (ended := from_first(lambda: finished(*where))) is not None:
         return ended
-    checkpoint = find_checkpoint(args.resume_from_checkpoint, str(args.output_dir), resolved)
+    checkpoint = from_first(lambda: find_checkpoint(*where))
     task = get_task(method.task) if method.task is not None else None
     dataset, scored = load_data(task, method)
     set_seed(args.seed)
@@ -67,6 +73,8 @@ def train(method: MethodArguments, args: TrainArguments, callbacks: Sequence[Tra
         resolved["model_commit"] = hub_commit(method.model_name_or_path, method.model_revision)
     dataset, cut = _fit(task, dataset, scored, model, tokenizer, method, args.max_length)
     adapted = Adapted(model, method.method, config, resolved["model_commit"]) if spec.saves_adapter(config) else None
+    if args.fsdp:
+        shard(model if adapted is None else adapted.model, args)
     adalora = AdaLoraCallback()
     out = Path(str(args.output_dir))
     routing = RoutingCallback(out / "routing.jsonl")
@@ -79,6 +87,7 @@ def train(method: MethodArguments, args: TrainArguments, callbacks: Sequence[Tra
         optimizer_cls_and_kwargs=(MoLFOptimizerFactory, {"config": config}) if spec.routes else None,
         callbacks=[
             *([adalora] if method.method == "adalora" else []),
+            ShardedCallback(),
             PlanCallback(out / "run.json", resolved),
             *callbacks,
         ],
@@ -91,12 +100,14 @@ def train(method: MethodArguments, args: TrainArguments, callbacks: Sequence[Tra
     if method.method == "adalora":
         metrics["adalora_ranks"] = adalora.changed_ranks()
     _save(trainer, adapted, out)
-    if spec.routes:
+    first = args.process_index == 0
+    if spec.routes and first:
         records = read_routing(out / "routing.jsonl")[1]
         metrics["expert_share"] = {name: expert_share(records, i) for i, name in enumerate(config.experts)}
-    if task is not None and method.eval_at_end:
+    if task is not None and method.eval_at_end and (first or is_sharded(trainer.model)):
         metrics |= _scores(task, trainer.model, tokenizer, scored, method.method)
-    write_json(out / "metrics.json", metrics)
+    if first:
+        write_json(out / "metrics.json", metrics)
     return metrics
 
 
@@ -110,10 +121,11 @@ def _resolved(method: MethodArguments, args: TrainArguments) -> tuple[MoLFConfig
         args.learning_rate, args.weight_decay = config.lora_lr, config.lora_weight_decay
     found = versions(*PACKAGES[method.quantization])
     training = {**args.to_dict(), "eos_token": args.eos_token}  # which transformers takes for a secret
-    return config, {"method": asdict(method), "molf": asdict(config), "training": training, "versions": found}
+    parts = {"method": asdict(method), "molf": asdict(config), "training": training, "versions": found}
+    return config, {**parts, "processes": args.world_size}
 
 
-class _Trainer(FiniteSteps, WholeCheckpoints, SFTTrainer):
+class _Trainer(FiniteSteps, WholeCheckpoints, ShardedTraining, SFTTrainer):
     pass
 
 
@@ -136,6 +148,8 @@ def _save(trainer: Any, adapted: Adapted | None, out: Path) -> None:
     with writing(out):
         trainer.save_model()
         trainer.save_state()
+        if trainer.args.process_index > 0:
+            return
         if adapted is not None:
             adapted.save_on_original_base(out)
         for path in out.iterdir():

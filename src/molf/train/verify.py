@@ -14,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer_pt_utils import safe_globals
 
 from ..optim import MoLFConfig
+from ..optim.sharding import local
+from .distributed import is_sharded
 from .files import sha256
 
 MANIFEST = "manifest.json"
@@ -21,6 +23,9 @@ MANIFEST = "manifest.json"
 
 UNFINISHED = "unfinished-checkpoint"
 """The folder within ``output_dir`` that a checkpoint is written in."""
+
+SHARDED, REST = "optimizer", "rest.pt"
+"""The folder of sharded optimizer state in a checkpoint, in place of ``optimizer.pt``; in it, groups and numbers."""
 
 _ADAPTER = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora")
 
@@ -45,7 +50,9 @@ def check_checkpoint(folder: Path) -> None:
         raise ValueError(f"resume_from_checkpoint={folder}: not a checkpoint folder (no trainer_state.json in it)")
     weights = [*folder.glob("model*.safetensors"), *folder.glob("**/adapter_model.safetensors")]
     states = list(folder.glob("rng_state*.pth"))
-    missing = [name for name in ("optimizer.pt", "scheduler.pt") if not (folder / name).is_file()]
+    shards = sorted((folder / SHARDED).glob("*.safetensors"))
+    saved = [folder / (f"{SHARDED}/{REST}" if (folder / SHARDED).is_dir() else "optimizer.pt"), folder / "scheduler.pt"]
+    missing = [str(path.relative_to(folder)) for path in saved if not path.is_file()]
     missing += [] if weights else ["model.safetensors"]
     missing += [] if states else ["rng_state.pth"]
     if missing:
@@ -55,9 +62,9 @@ def check_checkpoint(folder: Path) -> None:
         )
     _check_manifest(folder)
     progress(folder)
-    for path in weights:
+    for path in (*weights, *shards):
         _shapes([path])
-    for path in (folder / "optimizer.pt", folder / "scheduler.pt", *states):
+    for path in (*saved, *states):
         _load(path)
 
 
@@ -95,8 +102,9 @@ def check_fits(folder: Path, model: Any, optimizer_cls_and_kwargs: tuple[Any, di
     else:
         own = model.state_dict()
         saved = _shapes(folder.glob("model*.safetensors"))
-    there = {own[name].data_ptr() for name in own.keys() & saved.keys()}
-    lost = sorted(name for name in own.keys() - saved.keys() if own[name].data_ptr() not in there)  # but for tied ones
+    there = {local(own[name]).data_ptr() for name in own.keys() & saved.keys()}
+    tied = {name for name in own.keys() - saved.keys() if local(own[name]).data_ptr() in there}
+    lost = sorted(own.keys() - saved.keys() - tied)
     for name in sorted(saved.keys() - own.keys()) or lost:
         has, lacks = ("this model", "the checkpoint") if name in own else ("the checkpoint", "this model")
         raise ValueError(f"{folder} is of another model or method: {has} has {name}, {lacks} has not")
@@ -104,7 +112,10 @@ def check_fits(folder: Path, model: Any, optimizer_cls_and_kwargs: tuple[Any, di
         if shape != tuple(own[name].shape):
             raise ValueError(f"{folder} is of another model: {name} has shape {shape}, here {tuple(own[name].shape)}")
     config = (optimizer_cls_and_kwargs or (None, {}))[1].get("config")
-    _check_experts(folder / "optimizer.pt", config if isinstance(config, MoLFConfig) else None)
+    path = folder / SHARDED / REST if (folder / SHARDED).is_dir() else folder / "optimizer.pt"
+    if path.name != REST and is_sharded(model):
+        raise ValueError(f"{path} is whole and this run is sharded: continue without fsdp, as the run began")
+    _check_experts(path, config if isinstance(config, MoLFConfig) else None)
 
 
 def _check_adapter(folder: Path, own: Any) -> None:
