@@ -98,11 +98,12 @@ def test_links_lead_somewhere() -> None:
                 assert anchor[1:] in [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings], anchor
 
 
-def test_the_api_page_is_that_of_the_docstrings(monkeypatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["api_page.py", "--check"])
+@pytest.mark.parametrize("script", ["api_page.py", "distributed_page.py"])
+def test_generated_pages_are_what_their_scripts_write(script: str, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", [script, "--check"])
     with pytest.raises(SystemExit) as status:
-        runpy.run_path(str(ROOT / "scripts" / "api_page.py"), run_name="__main__")
-    assert status.value.code == 0, "run scripts/api_page.py"
+        runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
+    assert status.value.code == 0, f"run scripts/{script}"
 
 
 @pytest.mark.parametrize("module", ["optim.config", "optim.factory", "optim.names", "optim.policy", "report.statistics",
