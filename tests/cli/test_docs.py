@@ -94,7 +94,8 @@ def test_the_api_page_is_that_of_the_docstrings(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("module", ["optim.config", "optim.factory", "optim.names", "optim.policy", "report.statistics",
-                                    "report.routing_content", "plan.tracker", "cli.eval", "table"])  # fmt: skip
+                                    "report.routing_content", "plan.tracker", "cli.eval", "table",
+                                    "train.evaluation"])  # fmt: skip
 def test_examples_in_docstrings(module: str) -> None:
     found = importlib.import_module(f"molf.{module}")
     names = {"torch": importlib.import_module("torch"), "nn": importlib.import_module("torch.nn")}

@@ -162,7 +162,7 @@ def test_a_plain_trainer_reports_to_tensorboard(tmp_path: Path) -> None:
 
 
 def test_seconds_and_tokens_go_on_after_a_resume(monkeypatch) -> None:
-    clock = iter([100.0, 104.0, 106.0])
+    clock = iter([100.0, 104.0, 106.0, 109.0, 110.0])
     monkeypatch.setattr("molf.train.callbacks.time.perf_counter", lambda: next(clock))
     state = SimpleNamespace(
         log_history=[{"step": 1, "seconds": 50.0, "num_tokens": 900}, {"step": 1, "eval_loss": 1.0}]
@@ -182,7 +182,12 @@ def test_seconds_and_tokens_go_on_after_a_resume(monkeypatch) -> None:
     assert last == state.log_history[-1] == {"train_runtime": 6.0, "num_tokens": 1400}
     evaluation = {"eval_loss": 1.0}
     speed.on_log(None, state, None, logs=evaluation)
-    assert evaluation == {"eval_loss": 1.0}
+    assert evaluation == {"eval_loss": 1.0, "seconds": 56.0}
+    speed.on_evaluate(None, state, None)  # at 109, so it took 3 seconds, which are not the training's
+    logs = {"loss": 1.0, "num_tokens": 600}
+    state.log_history.append(dict(logs))
+    speed.on_log(None, state, None, logs=logs)
+    assert (logs["seconds"], logs["tokens_per_second"], speed.paused) == (57.0, 100.0, 3.0)
 
 
 class Block(nn.Module):

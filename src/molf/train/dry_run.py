@@ -116,7 +116,7 @@ def _few_steps(method: MethodArguments, args: TrainArguments) -> tuple[float, _W
     args, seen = copy.deepcopy(args), _Watch()
     method = copy.deepcopy(method)
     method.eval_at_end = False
-    args.max_steps, args.save_strategy, args.disable_tqdm = 3, "no", True
+    args.max_steps, args.save_strategy, args.eval_strategy, args.disable_tqdm = 3, "no", "no", True
     args.report_to = []  # what "none" has become
     args.resume_from_checkpoint = None
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
