@@ -41,6 +41,7 @@ def write_figures(runs: Sequence[Run], folder: Path) -> list[Path]:
         The files, in order.
     """
     import matplotlib
+    from cycler import cycler
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -54,7 +55,7 @@ def write_figures(runs: Sequence[Run], folder: Path) -> list[Path]:
         figure.savefig(written[-1])
 
     folder.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context({**_STYLE, "axes.prop_cycle": matplotlib.cycler(color=_RUNS)}):
+    with matplotlib.rc_context({**_STYLE, "axes.prop_cycle": cycler(color=_RUNS)}):
         for axis, suffix in (("steps", ""), ("seconds", "-time")):
             if any(curve(run.history)[axis] for run in runs):
                 draw(f"loss{suffix}", 3.4, 2.4, _loss, runs, axis)
