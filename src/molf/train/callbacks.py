@@ -119,14 +119,14 @@ class SpeedCallback(TrainerCallback):
     """Adds ``seconds`` of training so far, ``tokens_per_second`` and ``peak_memory_mib`` to the training logs.
 
     The seconds go on after a resume, and so do the ``num_tokens`` that TRL counts from 0 in every process: they are
-    those of the run. Tokens per second are since the entry before. The clock stands still while the Trainer evaluates;
-    an evaluation's entry has the ``seconds`` at which it began.
+    those of the run. Tokens per second are since the entry before. The clock stands still while loggers start, which
+    may take a connection, and while the Trainer evaluates; an evaluation's entry has the ``seconds`` at which it began.
 
     Args:
         peak_memory: Gives the peak memory so far, MiB.
 
     Attributes:
-        paused: Seconds that evaluations of this process took.
+        paused: Seconds that loggers' starts and evaluations of this process took.
     """
 
     def __init__(self, peak_memory: Callable[[], float]) -> None:
@@ -134,6 +134,7 @@ class SpeedCallback(TrainerCallback):
         self.paused = 0.0
         self._begin = 0.0
         self._stepped = 0.0  # when the latest step had ended and was logged
+        self._started = False
         self._tokens = 0.0  # of the processes before
         self._last = (0.0, 0.0)  # time and tokens at the entry before
 
@@ -144,8 +145,14 @@ class SpeedCallback(TrainerCallback):
             return next((entry[key] for entry in reversed(state.log_history) if key in entry), 0.0)
 
         now, self._tokens = time.perf_counter(), last("num_tokens")
-        self._begin, self._stepped = now - last("seconds"), now
+        self._begin, self._stepped, self._started = now - last("seconds"), now, False
         self._last = (now, self._tokens)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """At the first one, take out what the other callbacks did when training began."""
+        if not self._started:
+            self._started = True
+            self.on_evaluate(args, state, control)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note the time, in case an evaluation follows."""
@@ -157,7 +164,8 @@ class SpeedCallback(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take the evaluation out of the time."""
-        took = time.perf_counter() - self._stepped
+        now = time.perf_counter()
+        took, self._stepped = now - self._stepped, now
         self.paused, self._begin = self.paused + took, self._begin + took
         self._last = (self._last[0] + took, self._last[1])
 
