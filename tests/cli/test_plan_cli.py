@@ -48,7 +48,15 @@ def test_what_is_refused(capsys) -> None:
         return line
 
     assert "gpus=0: must be at least 1" in fails(*PLAN, "--gpus", "0")
-    assert "model nowhere cannot be read" in fails("plan", "--model_name_or_path", "nowhere")
+    for command in (["plan"], ["train", "--task", "world-fact"]):
+        for name in ("/nowhere", "./no/where", "no where"):
+            assert fails(*command, "--model_name_or_path", name) == (
+                f"molf: error: model {name} cannot be read: there is no such folder, and no model of the hub has such a name"
+            )
+        assert fails(*command, "--model_name_or_path", "no/where") == (
+            "molf: error: model no/where cannot be read: there is no such folder, the hub cannot be reached "
+            "(HF_HUB_OFFLINE is set), and its cache does not have the model"
+        )
     assert "unknown option: --all_of_it" in fails(*PLAN, "--all_of_it", "1")
     assert "nothing" in fails(*PLAN, "--target_modules", "nothing", "--expert_ranks", "2")
     assert "dataset_path is not given" in fails("train", *PLAN[1:])
