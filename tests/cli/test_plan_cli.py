@@ -50,8 +50,9 @@ def test_what_is_refused(capsys) -> None:
     assert "gpus=0: must be at least 1" in fails(*PLAN, "--gpus", "0")
     for command in (["plan"], ["train", "--task", "world-fact"]):
         for name in ("/nowhere", "./no/where", "no where"):
-            assert fails(*command, "--model_name_or_path", name) == (
-                f"molf: error: model {name} cannot be read: there is no such folder, and no model of the hub has such a name"
+            reason = "there is no such folder, and no model of the hub has such a name"
+            assert (
+                fails(*command, "--model_name_or_path", name) == f"molf: error: model {name} cannot be read: {reason}"
             )
         assert fails(*command, "--model_name_or_path", "no/where") == (
             "molf: error: model no/where cannot be read: there is no such folder, the hub cannot be reached "
