@@ -59,7 +59,7 @@ class RoutingCallback(TrainerCallback):
         if state.is_world_process_zero:
             self.recorder = RoutingRecorder(optimizer, self.path)
             own = self.recorder.optimizer
-            self._metrics = RoutingMetrics(own.routed_modules, own.experts)
+            self._metrics = RoutingMetrics(own.routed_modules, own.experts, own.config.top_k)
             self._lost = LostUpdates(own)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
