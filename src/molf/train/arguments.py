@@ -105,7 +105,7 @@ class MethodArguments:
     )
 
     dry_run: bool = _help(
-        "Make three steps, print their peak memory next to the estimate of molf plan, and save nothing.", False
+        "Make one step, print its peak memory next to the estimate of molf plan, and save nothing.", False
     )
 
     def __post_init__(self) -> None:
