@@ -33,6 +33,9 @@ def test_a_plan_needs_no_data_and_no_weights(tmp_path, capsys) -> None:
     assert [line.split()[0] for line in printed.split("GiB on one device, 8 x 32")[1].splitlines()[4:8]] == [
         "fft", "lora", "molf", "molf-e",
     ]  # fmt: skip
+    lines = [line.split() for line in printed.split("GiB on one device, 8 x 32")[1].splitlines()[4:8]]
+    most = max(float(line[-2]) for line in lines)
+    assert [len(line[-1]) for line in lines] == [pytest.approx(20 * float(line[-2]) / most, abs=0.6) for line in lines]
     assert [line.split()[0] for line in printed.split("Peak GiB per GPU:")[1].splitlines()[4:8]] == ["1", "2", "4", "6"]
     assert "warning: the output head is tied" in printed
     assert main(["plan", "--model_name_or_path", str(folder), *options, "--all", "true", "--method", "molf-e"]) == 0

@@ -68,9 +68,10 @@ def sentences(log: RoutingLog) -> list[str]:
     first, name = np.nan_to_num(whole[:, 0], nan=-1.0), log.experts[0]
     if len(log.modules) > 1 and len(log.experts) > 1:
         most, least = int(first.argmax()), int(np.where(first < 0, np.inf, first).argmin())
+        modules = [module.removeprefix("base_model.model.") for module in log.modules]  # PEFT's
         lines.append(
-            f"{name} won most often in {log.modules[most]} ({100 * first[most]:.0f}\u00a0% of steps) and least often "
-            f"in {log.modules[least]} ({100 * first[least]:.0f}\u00a0%)."
+            f"{name} won most often in {modules[most]} ({100 * first[most]:.0f}\u00a0% of steps) and least often "
+            f"in {modules[least]} ({100 * first[least]:.0f}\u00a0%)."
         )
     rate = switch_rate(log.best)
     half = int(((kept >= 0) & (kept <= (steps[0] + steps[-1]) / 2)).sum())

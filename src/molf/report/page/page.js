@@ -50,7 +50,7 @@ function empty(id, text) { Plotly.purge(id); $(id).style.height = ""; $(id).repl
 function over(run, index, line, values, name, extra) { // a curve of a run against the chosen axis
   const label = AXES.find(([key]) => key === state.axis)[1].toLowerCase(), [what, digits] = values;
   return {
-    x: line[state.axis], y: line[what], name: shortened(name), type: "scatter", legendgroup: index, ...extra,
+    x: line[state.axis], y: line[what], name: shortened(name), type: "scatter", ...(D.runs.length > 1 && { legendgroup: index }), ...extra,
     hovertemplate: `${shortened(run.name)}<br>${label} %{x:,.6~g}, ${extra.meta} %{y:.${digits}f}<extra></extra>`,
   };
 }
@@ -91,7 +91,7 @@ function drawScore() {
   const shown = D.runs.map((run, index) => [run, index]).filter(([run]) => scored(run) || ended(run));
   const name = shown.length ? shown[0][0].score_name.replaceAll("_", " ") : "", curves = shown.some(([run]) => scored(run));
   $("score-caption").textContent = !shown.length ? "" : !comparable ? "Each run's own task: scores of different tasks cannot be compared."
-    : `The task's ${name}, higher is better: ` + (curves ? `of ${records()} while training went on, and, larger and open, of all that are scored at the end.` : "at the end of each run.");
+    : `The task's ${name}, higher is better: ` + (curves ? `of ${records()} while training went on, and, larger and open, of all that are scored at the end.` : "at the end of each run. With --eval_strategy it is a curve.");
   if (!shown.length) return empty("score", "No run was scored, or none has this axis.");
   const traces = shown.flatMap(([run, index]) => [
     ...(scored(run) ? [over(run, index, run.evaluations, ["score", 2], one ? "while training" : run.name, {
