@@ -164,7 +164,7 @@ class RoutingRecorder:
         return self._taken
 
     def _line(self, record: dict[str, Any]) -> str:
-        """The record as JSON; where every module took part by one format, which takes half as long as the encoder."""
+        """The record as JSON; where every module took part by one format, which is sooner done than the encoder."""
         if None not in record["scores"]:
             scores = list(chain.from_iterable(record["scores"]))
             if math.isfinite(sum(scores)):  # JSON has names for what is not, the format has others
