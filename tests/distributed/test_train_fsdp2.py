@@ -10,7 +10,7 @@ import pytest
 from processes import run
 from safetensors.torch import load_file
 from test_resume import assert_identical
-from train_programs import command, everything, halve, losses, options, train_to_end, winners
+from train_programs import command, command_on_a_full_disk, everything, halve, losses, options, train_to_end, winners
 
 from molf.cli import main
 
@@ -63,6 +63,16 @@ def test_scores_of_a_sharded_model_are_those_of_the_saved_one(tmp_path: Path, fa
     assert main(["eval", "--model", str(out), *saved]) == 0
     found = json.loads((tmp_path / "eval.json").read_text())["metrics"]
     assert {name: metrics[name] for name in found} == pytest.approx(found, rel=1e-4)
+
+
+def test_a_full_disk_on_one_process_is_one_line(tmp_path: Path, facts: Path) -> None:
+    out = tmp_path / "run"
+    first, second = run(tmp_path, 2, command_on_a_full_disk, options("molf", facts, out, STEPS, *TWO, *SAVED))
+    for each in (first, second):
+        assert each["status"] == 2
+        assert "checkpoint-2 cannot be written" in each["err"].splitlines()[-1]
+        assert "No space left on device" in each["err"].splitlines()[-1]
+    assert not list(out.glob("*checkpoint*"))
 
 
 def test_the_commands_of_the_page(tmp_path: Path) -> None:
