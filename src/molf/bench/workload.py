@@ -134,12 +134,13 @@ class OptimizerStep(Workload):
     @torch.no_grad()
     def _matmuls(self, optimizer: MoLFAdamW) -> tuple[float, float]:
         """Milliseconds of the gradients of all A and B, and of writing all P."""
+        stacks = optimizer.stacks().all
         start = clock(self.settings.device)
-        for module in optimizer.modules:
-            optimizer._pair_gradients(module)
+        for stack in stacks:
+            optimizer._gradients(stack)
         between = clock(self.settings.device)
-        for module in optimizer.modules:
-            optimizer._write_module(module, {})
+        for stack in stacks:
+            optimizer._write_stack(stack, {})
         end = clock(self.settings.device)
         optimizer._remember_written()  # else the next step compares all weights with its state
         return 1e3 * (between - start), 1e3 * (end - between)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .adamw import moment_dtype
-from .scalars import stack
+from .scalars import join, stack
 from .sharding import local
 
 
@@ -117,14 +117,29 @@ class GradientCheck:
         )
 
 
-def look_at(grads: Sequence[Tensor], limit: float | None) -> Tensor:
+def look_at(grads: Sequence[tuple[Sequence[str], Tensor]], limit: float | None) -> tuple[list[str], Tensor]:
     """A number of each gradient that is finite if and only if the gradient is: its squared norm if there is a limit.
 
-    Both are sums over elements: those of the parts of a tensor add up to the tensor's.
+    Either is a sum over elements: those of the parts of a tensor add up to the tensor's.
+
+    Args:
+        grads: Names and gradients; several names go with one tensor that holds their gradients one after the other.
+        limit: The largest norm that is left alone, or None.
+
+    Returns:
+        The names and their numbers.
     """
-    if not grads:
-        return torch.zeros(0)
-    return stack(probes(grads)) if limit is None else stack(_norms(grads)).double().square()
+    single = [grad for names, grad in grads if len(names) == 1]
+    several = [(names, grad.view(len(names), -1)) for names, grad in grads if len(names) > 1]
+    listed = [names[0] for names, _ in grads if len(names) == 1] + [name for names, _ in several for name in names]
+    numbers = [stack(probes(single) if limit is None else _norms(single))] if single else []
+    for _, rows in several:
+        dtype = torch.promote_types(rows.dtype, torch.float32)
+        numbers.append(
+            rows.sum(1, dtype=dtype) if limit is None else torch.linalg.vector_norm(rows, dim=1, dtype=dtype)
+        )
+    found = join(numbers) if numbers else torch.zeros(0)
+    return listed, found if limit is None else found.double().square()
 
 
 def check_gradients(names: Sequence[str], values: Tensor, limit: float | None) -> GradientCheck:

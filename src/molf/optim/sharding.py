@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from .config import MoLFConfig
 
+_PLAIN = (Tensor, nn.Parameter)
+
 
 def is_distributed(tensor: Any) -> bool:
     """Whether it is a DTensor. Without the import, which is slow and has happened where there is one."""
@@ -26,6 +28,8 @@ def is_distributed(tensor: Any) -> bool:
 
 def local(tensor: Any) -> Tensor:
     """The part of a DTensor that this process holds, sharing its memory; any other tensor as it is."""
+    if type(tensor) in _PLAIN:  # nearly all are, and a step asks for each of them
+        return tensor
     return tensor.to_local() if is_distributed(tensor) else tensor
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,16 +16,9 @@ from .config import MoLFConfig
 from .guards import WrittenTensors
 from .layout import RoutedModule, Slot
 from .sharding import Shards, compare_replicas, fitted, local
+from .stacks import Unrouted
 
 _IN_EVERY_GROUP = tuple("betas eps expert_ranks scales score_fn top_k policy random_shares policy_seed".split())
-
-
-class Unrouted(NamedTuple):
-    """A parameter that is not routed, with its group and name."""
-
-    group: dict[str, Any]
-    parameter: Tensor
-    name: str
 
 
 class MoLFState(Optimizer):
@@ -45,7 +38,6 @@ class MoLFState(Optimizer):
         self.modules = tuple(modules)
         self._segments: dict[torch.device, Tensor] = {}
         self._spread: dict[tuple[Any, ...], Tensor] = {}
-        self._pairs: dict[str, tuple[Trained, Trained]] = {}
         self._written = WrittenTensors()
         defaults = {
             "lr": config.lr,
@@ -72,7 +64,6 @@ class MoLFState(Optimizer):
             **{name: getattr(self, name) for name in own},
             "_segments": {},
             "_spread": {},
-            "_pairs": {},
         }
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -128,9 +119,12 @@ class MoLFState(Optimizer):
         """Rewrite every weight of the model from the state, after someone has written to the state."""
         for module in self.modules:
             weight = self._parameter(module.slots[0])
-            if self._is_virtual(module) and self.state[weight]["lora_B"].any():
-                self._own_base(weight)
-            self._write_module(module, {})
+            if self._is_virtual(module):
+                if local(self.state[weight]["lora_B"]).any():
+                    self._own_base(weight)
+                self._write_weight(module, {})
+            for slot in module.slots[int(self._is_virtual(module)) :]:
+                self._write(self._parameter(slot), {})
         for each in self._others():
             self._write(each.parameter, {})
         self._remember_written()
@@ -205,29 +199,22 @@ class MoLFState(Optimizer):
         """``base`` ± Σ s_i B_i A_i, laid out like the weight."""
         state = self.state[self._parameter(module.slots[0])]
         A, B = local(state["lora_A"]), local(state["lora_B"])
-        alpha, B = virtual.scaled(B, self._scales(B))
-        pair = (A.T, B.T) if module.transposed else (B, A)
-        return torch.addmm(base, *pair, alpha=sign * alpha, out=out)
+        return virtual.superpose(base, A, B, self._scales(B), module.transposed, sign, out)
 
     def _scales(self, like: Tensor) -> float | Tensor:
         """The scale s of the LoRA experts: a number where all have the same, else one per rank, (R,)."""
         scales = self.config.scales
         return scales[0] if len(set(scales)) == 1 else self._per_rank(scales, like)
 
-    def _write_module(self, module: RoutedModule, values: Mapping[int, Tensor]) -> None:
-        """Let a module's tensors in the model follow: P = W + Σ s_i B_i A_i, accumulated and rounded once."""
-        slots = module.slots
-        if self._is_virtual(module):
-            weight = self._parameter(slots[0])
-            base = values.get(id(weight), self.state[weight].get("base", weight))
-            if base is not weight and not virtual.shares_storage(base, weight):
-                in_place = base.dtype == weight.dtype
-                stored = self._add_experts(module, local(base), out=local(weight) if in_place else None)
-                if not in_place:
-                    self._store(weight, stored)
-            slots = slots[1:]
-        for slot in slots:
-            self._write(self._parameter(slot), values)
+    def _write_weight(self, module: RoutedModule, values: Mapping[int, Tensor]) -> None:
+        """Let a weight over virtual experts follow: P = W + Σ s_i B_i A_i, accumulated and rounded once."""
+        weight = self._parameter(module.slots[0])
+        base = values.get(id(weight), self.state[weight].get("base", weight))
+        if base is not weight and not virtual.shares_storage(base, weight):
+            in_place = base.dtype == weight.dtype
+            stored = self._add_experts(module, local(base), out=local(weight) if in_place else None)
+            if not in_place:
+                self._store(weight, stored)
 
     def _write(self, parameter: Tensor, values: Mapping[int, Tensor]) -> None:
         """Let a tensor of the model follow its precise value: the master, or one of ``values``, by the tensor's id."""
@@ -313,22 +300,6 @@ class MoLFState(Optimizer):
             local(state["exp_avg_sq"]),
             None if store is None else local(store),
         )
-
-    def _pair(self, module: RoutedModule, values: dict[int, Tensor] | None = None) -> tuple[Trained, Trained]:
-        """The stacked A (R, in) and Bᵀ (R, out) with their moments; looked up once in a step."""
-        if module.name in self._pairs and (values is None or self.config.keep_base):
-            return self._pairs[module.name]
-        if module.lora_A is not None and module.lora_B is not None:
-            A, B = (self._trained(self._parameter(slot), values) for slot in (module.lora_A, module.lora_B))
-        else:
-            state = self.state[self._parameter(module.slots[0])]
-            A, B = (
-                Trained(*(local(state[f"{name}{moment}"]) for moment in ("", "_exp_avg", "_exp_avg_sq")))
-                for name in ("lora_A", "lora_B")
-            )
-        pair = A, Trained(B.value.T, B.exp_avg.T, B.exp_avg_sq.T, None if B.store is None else B.store.T)
-        self._pairs[module.name] = pair
-        return pair
 
     def _per_rank(self, per_expert: Sequence[float], like: Tensor) -> Tensor:
         """One number per LoRA expert, spread over the rank axis, (R,)."""

@@ -57,6 +57,8 @@ def scaled(factor: Tensor, scales: float | Tensor) -> tuple[float, Tensor]:
 def gradients(G: Tensor, A: Tensor, Bt: Tensor, scales: float | Tensor) -> tuple[Tensor, Tensor]:
     """dL/dA_i = s_i B_iᵀ G (R, in), and the transpose of dL/dB_i = s_i G A_iᵀ, (R, out), from G = dL/dP (out, in).
 
+    Of one layer, or of several of the same shape at once, all with one more dimension.
+
     Args:
         G: The gradient, its rows the outputs.
         A: (R, in).
@@ -64,9 +66,25 @@ def gradients(G: Tensor, A: Tensor, Bt: Tensor, scales: float | Tensor) -> tuple
         scales: One s, or s_i over the ranks, (R,).
     """
     if isinstance(scales, Tensor):
-        return (Bt @ G).mul_(scales[:, None]), (A @ G.T).mul_(scales[:, None])
-    nothing = G.new_zeros(())
-    return torch.addmm(nothing, Bt, G, beta=0, alpha=scales), torch.addmm(nothing, A, G.T, beta=0, alpha=scales)
+        return (Bt @ G).mul_(scales[:, None]), (A @ G.mT).mul_(scales[:, None])
+    nothing, product = G.new_zeros((1,) * G.dim()), torch.addmm if G.dim() == 2 else torch.baddbmm
+    return product(nothing, Bt, G, beta=0, alpha=scales), product(nothing, A, G.mT, beta=0, alpha=scales)
+
+
+def superpose(
+    base: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scales: float | Tensor,
+    transposed: bool,
+    sign: int = 1,
+    out: Tensor | None = None,
+) -> Tensor:
+    """``base`` ± Σ s_i B_i A_i, laid out like the weight; of one layer, or of several, all with one more dimension."""
+    alpha, B = scaled(B, scales)
+    product = torch.addmm if base.dim() == 2 else torch.baddbmm
+    pair = (A.mT, B.mT) if transposed else (B, A)
+    return product(base, *pair, alpha=sign * alpha, out=out)
 
 
 def round_stochastically(value: Tensor, store: Tensor) -> None:

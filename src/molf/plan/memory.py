@@ -238,11 +238,11 @@ def _of_optimizer(optimizer: Any) -> Iterator[Held]:
 
 def _of_step(optimizer: Any) -> int:
     """Bytes that a step needs beside the state: gradients of experts that are no parameters, and a pass's tensors."""
-    pairs = [optimizer._pair(module) for module in optimizer.modules] if optimizer.config.expert_ranks else []
     computed = [  # both of virtual experts; a real adapter's B alone, scaled
         matrix.exp_avg
-        for module, pair in zip(optimizer.modules, pairs, strict=False)
-        for matrix in (pair if module.lora_A is None else pair[1:])
+        for stack in optimizer.stacks().all
+        for matrix in (stack.pair or ())
+        if matrix.virtual is not None or matrix.turned
     ]
     sizes = [_size(tensor) for tensor in computed]
     return sum(sizes) + STEP_TENSORS * max([4 * BLOCK, *sizes])

@@ -1,0 +1,325 @@
+"""Routed modules as a step works on them: those of one shape, if they are small, as one.
+
+What a step of small modules costs is calls, not arithmetic. A ``Stack`` is K modules of one shape whose moments and
+virtual experts lie in tensors that they share, the modules' own being views of these, so that the calls of a step go by
+the number of stacks. A large module is a stack of one, and nothing of it is moved.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .config import MoLFConfig
+from .layout import RoutedModule, Slot
+from .quantized import is_quantized
+from .sharding import is_distributed, local
+
+STACK_FROM = 2**15
+"""Modules whose weight has this many elements are not stacked: their gradients would be copied for nothing."""
+
+STACK_TO = 2**17
+"""Elements of the weights of a stack at most: what a pass works on stays in the cache."""
+
+
+class Unrouted(NamedTuple):
+    """A parameter that is not routed, with its group and name."""
+
+    group: dict[str, Any]
+    parameter: Tensor
+    name: str
+
+
+@dataclass(eq=False)
+class Part:
+    """One tensor of each of K modules with its moments, in the form in which the passes take it.
+
+    K > 1 tensors (r, c) are (K r, c) if ``by_row``, else (K, r c); a single one keeps its shape.
+
+    Attributes:
+        parameters: The tensors of the model, K of them; of virtual A and B, which are in no model, the layers' weights.
+        states: Their states.
+        by_row: Whether rows are ranks: A (R, in) and Bᵀ (R, out).
+        turned: Whether rows are the tensor's columns, as of B.
+        exp_avg: m of all; without meaning where nothing is trained.
+        exp_avg_sq: v of all.
+        virtual: The value of all where it is in the state.
+    """
+
+    parameters: list[Tensor]
+    states: list[dict[str, Tensor]]
+    by_row: bool
+    turned: bool
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    virtual: Tensor | None = None
+
+    def joined(self, tensors: Sequence[Tensor]) -> Tensor:
+        """One tensor per module as one of all; the only one as it is."""
+        if self.turned:
+            tensors = [tensor.T for tensor in tensors]
+        return tensors[0] if len(tensors) == 1 else _joined(torch.stack(list(tensors)), self.by_row)
+
+    def spread(self, joined: Tensor, targets: Sequence[Tensor], which: Sequence[int] | None = None) -> None:
+        """Copy the parts of one tensor to a tensor per module, or to those of ``which``."""
+        if self.turned:
+            targets = [target.T for target in targets]
+        parts = joined.view(len(targets), *targets[0].shape).unbind()
+        chosen = range(len(targets)) if which is None else which
+        torch._foreach_copy_([targets[i] for i in chosen], [parts[i] for i in chosen])
+
+    def gradient(self) -> Tensor:
+        """G of all parameters, of what this process holds."""
+        return self.joined([gradient(parameter) for parameter in self.parameters])
+
+    def precise(self, values: Mapping[int, Tensor]) -> list[Tensor]:
+        """The precise value of each parameter: one of ``values`` by its id, its master, or itself."""
+        pairs = zip(self.parameters, self.states, strict=True)
+        return [local(values.get(id(parameter), state.get("base", parameter))) for parameter, state in pairs]
+
+
+@dataclass(eq=False)
+class OtherStack:
+    """K parameters of one shape and group that are not routed; attributes as of ``Stack``."""
+
+    group: dict[str, Any]
+    names: list[str]
+    positions: list[int]
+    part: Part
+    count: float = 0.0
+
+
+@dataclass(eq=False)
+class Stack:
+    """K modules of one shape.
+
+    Attributes:
+        modules: The modules.
+        parameters: All their parameters.
+        positions: Where the step counters of each module's parameters are among all.
+        weights: Their weights; None where these are frozen under an adapter.
+        dense: Weights and biases where they are trained.
+        pair: A and Bᵀ.
+        count: Number of steps, the present one included.
+    """
+
+    modules: tuple[RoutedModule, ...]
+    parameters: list[Tensor]
+    positions: list[list[int]]
+    weights: Part | None
+    dense: list[Part]
+    pair: tuple[Part, Part] | None
+    count: float = 0.0
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    def virtual_pair(self) -> tuple[Tensor, Tensor]:
+        """Virtual A (R, in) and Bᵀ (R, out), of several modules with one more dimension in front."""
+        values = [part.virtual for part in self.pair or () if part.virtual is not None]
+        A, B = (each.view(len(self), -1, each.shape[1]) if len(self) > 1 else each for each in values)
+        return A, B
+
+
+class Stacks:
+    """All modules of an optimizer in stacks, and the step counters of all its parameters in one tensor.
+
+    Args:
+        modules: The routed modules, in model order.
+        others: The parameters that are not routed.
+        groups: The optimizer's ``param_groups``.
+        state: Its state, whose moments, virtual experts and counters become views of shared tensors.
+        config: Which experts there are, and whether W is kept.
+
+    Attributes:
+        all: The stacks, in the order of their first modules.
+        position: Where each parameter's step counter is, by the parameter's id.
+    """
+
+    def __init__(
+        self,
+        modules: Sequence[RoutedModule],
+        others: Sequence[Unrouted],
+        groups: Sequence[Mapping[str, Any]],
+        state: Mapping[Tensor, dict[str, Tensor]],
+        config: MoLFConfig,
+    ) -> None:
+        self._groups, self._state, self._config = groups, state, config
+        parameters = [each for group in groups for each in group["params"]]
+        self.position = {id(parameter): i for i, parameter in enumerate(parameters)}
+        self._steps = torch.stack([state[each]["step"] for each in parameters])
+        for parameter, step in zip(parameters, self._steps.unbind(), strict=True):
+            state[parameter]["step"] = step
+        self._others = others
+        self._index = {module.name: i for i, module in enumerate(modules)}
+        self.all = [self._make(group) for group in self._grouped(modules)]
+        self._singles: dict[str, Stack] = {}
+        self.others = [self._make_other(group) for group in self._grouped_others()]
+        self._single_others: dict[str, OtherStack] = {}
+        self._fingerprint = self._tensors()
+
+    def fit(self) -> bool:
+        """Whether the optimizer still holds the tensors that these stacks are of."""
+        return self._fingerprint == self._tensors()
+
+    def of(self, active: Sequence[RoutedModule]) -> list[Stack]:
+        """The modules that take part in a step, together where they have made as many steps."""
+        numbers = (self._steps + 1).tolist()
+        stacks = self.all if len(active) == len(self._index) else []
+        if not stacks or any(len({numbers[each[0]] for each in stack.positions}) > 1 for stack in stacks):
+            stacks = [self._single(module) for module in active]
+        for stack in stacks:
+            stack.count = numbers[stack.positions[0][0]]
+        return stacks
+
+    def of_others(self, active: Sequence[Unrouted]) -> list[OtherStack]:
+        """The parameters that take part in a step and are not routed, as of ``of``."""
+        numbers = (self._steps + 1).tolist()
+        stacks = self.others if len(active) == sum(len(stack.names) for stack in self.others) else []
+        if not stacks or any(len({numbers[i] for i in stack.positions}) > 1 for stack in stacks):
+            stacks = []
+            for each in active:
+                if each.name not in self._single_others:
+                    self._single_others[each.name] = self._make_other([each])
+                stacks.append(self._single_others[each.name])
+        for stack in stacks:
+            stack.count = numbers[stack.positions[0]]
+        return stacks
+
+    def order(self, stacks: Sequence[Stack]) -> list[int]:
+        """Where each module is, in model order, among those of the stacks."""
+        places = [self._index[module.name] for stack in stacks for module in stack.modules]
+        return sorted(range(len(places)), key=places.__getitem__)
+
+    def advance(self, stacks: Sequence[Stack], others: Sequence[OtherStack]) -> None:
+        """Count a step of these modules and of these parameters."""
+        moved = [each for stack in stacks for positions in stack.positions for each in positions]
+        moved += [each for other in others for each in other.positions]
+        if len(moved) == len(self._steps):
+            self._steps.add_(1)
+        else:
+            self._steps[moved] += 1
+
+    def _tensors(self) -> list[int]:
+        """Identities of all that a stack refers to; a W comes and goes without harm."""
+        found = [id(parameter) for group in self._groups for parameter in group["params"]]
+        for entries in self._state.values():
+            found += [id(tensor) for key, tensor in entries.items() if key != "base"]
+        return found
+
+    def _parameter(self, slot: Slot) -> Tensor:
+        return self._groups[slot[0]]["params"][slot[1]]
+
+    def _single(self, module: RoutedModule) -> Stack:
+        if module.name not in self._singles:
+            self._singles[module.name] = self._make([module])
+        return self._singles[module.name]
+
+    def _grouped(self, modules: Iterable[RoutedModule]) -> list[list[RoutedModule]]:
+        """Modules that are alike and small together, in the order of their first ones."""
+        groups: dict[Any, list[RoutedModule]] = defaultdict(list)
+        sizes: dict[Any, int] = {}
+        for module in modules:
+            tensors = [self._parameter(slot) for slot in module.slots]
+            held = [each for tensor in tensors for each in (tensor, *self._state[tensor].values())]
+            size = max(tensor.numel() for tensor in tensors)
+            single = size >= STACK_FROM or not self._config.keep_base or any(map(_is_special, held))
+            kind = (
+                module.transposed,
+                module.scaling,
+                module.sizes,
+                *(slot is None for slot in (module.weight, module.bias, module.lora_A, module.lora_B)),
+                *((tensor.shape, tensor.dtype, tensor.device, tuple(self._state[tensor])) for tensor in tensors),
+            )
+            key = module.name if single else kind
+            groups[key].append(module)
+            sizes[key] = max(1, STACK_TO // size) if not single else 1
+        return [group[i : i + sizes[key]] for key, group in groups.items() for i in range(0, len(group), sizes[key])]
+
+    def _grouped_others(self) -> list[list[Unrouted]]:
+        """As ``_grouped``, of parameters that are not routed."""
+        groups: dict[Any, list[Unrouted]] = defaultdict(list)
+        for other in self._others:
+            tensor, held = other.parameter, self._state[other.parameter]
+            single = not self._config.keep_base or any(map(_is_special, (tensor, *held.values())))
+            kind = (id(other.group), tensor.shape, tensor.dtype, tensor.device, tuple(held))
+            groups[other.name if single or tensor.numel() >= STACK_FROM else kind].append(other)
+        return list(groups.values())
+
+    def _make_other(self, others: Sequence[Unrouted]) -> OtherStack:
+        parameters = [each.parameter for each in others]
+        states = [self._state[each] for each in parameters]
+        moments = (_shared(states, name, False, False) for name in ("exp_avg", "exp_avg_sq"))
+        positions = [self.position[id(each)] for each in parameters]
+        part = Part(parameters, states, False, False, *moments)
+        return OtherStack(others[0].group, [each.name for each in others], positions, part)
+
+    def _make(self, modules: Sequence[RoutedModule]) -> Stack:
+        """A stack; of several modules, their moments and virtual experts become views of tensors that they share."""
+        first, config = modules[0], self._config
+        weights = pair = None
+        if first.weight is not None:
+            weights = self._part([m.weight for m in modules], ("exp_avg", "exp_avg_sq") if config.train_base else ())
+        dense = [weights] if weights is not None and config.train_base else []
+        if dense and first.bias is not None:
+            dense.append(self._part([m.bias for m in modules]))
+        if first.lora_A is not None:
+            pair = (
+                self._part([m.lora_A for m in modules], by_row=True),
+                self._part([m.lora_B for m in modules], by_row=True, turned=True),
+            )
+        elif config.expert_ranks:
+            names = [
+                ("lora_A_exp_avg", "lora_A_exp_avg_sq", "lora_A"),
+                ("lora_B_exp_avg", "lora_B_exp_avg_sq", "lora_B"),
+            ]
+            slots = [m.weight for m in modules]
+            pair = self._part(slots, names[0], by_row=True), self._part(slots, names[1], by_row=True, turned=True)
+        parameters = [self._parameter(slot) for module in modules for slot in module.slots]
+        positions = [[self.position[id(self._parameter(slot))] for slot in m.slots] for m in modules]
+        return Stack(tuple(modules), parameters, positions, weights, dense, pair)
+
+    def _part(
+        self,
+        slots: Sequence[Slot | None],
+        names: Sequence[str] = ("exp_avg", "exp_avg_sq"),
+        by_row: bool = False,
+        turned: bool = False,
+    ) -> Part:
+        parameters = [self._parameter(slot) for slot in slots if slot is not None]
+        states = [self._state[each] for each in parameters]
+        tensors = [_shared(states, name, by_row, turned) for name in names] or [torch.empty(0)] * 2
+        return Part(parameters, states, by_row, turned, *tensors)
+
+
+def gradient(parameter: Tensor) -> Tensor:
+    """A parameter's gradient, of a sharded one the part that this process holds."""
+    if parameter.grad is None:
+        raise RuntimeError("a gradient disappeared during the step")
+    return local(parameter.grad)
+
+
+def _is_special(tensor: Tensor) -> bool:
+    return is_distributed(tensor) or is_quantized(tensor)
+
+
+def _joined(stack: Tensor, by_row: bool) -> Tensor:
+    return stack.flatten(0, 1) if by_row else stack.flatten(1)
+
+
+def _shared(states: Sequence[dict[str, Tensor]], name: str, by_row: bool, turned: bool) -> Tensor:
+    """The entries of this name as one tensor; if there are several, they become its parts."""
+    tensors = [local(each[name]) for each in states]
+    if turned:
+        tensors = [tensor.T for tensor in tensors]
+    if len(tensors) == 1:
+        return tensors[0]
+    stack = torch.stack(tensors)
+    for each, own in zip(states, stack.unbind(), strict=True):
+        each[name] = own.T if turned else own
+    return _joined(stack, by_row)

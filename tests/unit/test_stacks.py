@@ -1,0 +1,115 @@
+"""Modules of one shape are stepped as one, and nobody can tell but by the number of calls."""
+
+import copy
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from models import causal_lm, lm_step
+from molf import MoLFConfig, create_molf_optimizer, molf_lora_config
+from molf.optim import stacks
+
+MOLF = MoLFConfig(expert_ranks=(2, 3), lora_alpha=(3.0, 5.0), lr=1e-3, lora_lr=1e-3, compile=False)
+EFFICIENT = MoLFConfig(expert_ranks=(2, 3), train_base=False, lora_lr=3e-3, compile=False)
+STEPS = 12
+
+
+def _model(config, architecture="qwen2", dtype=torch.float32, **changes):
+    from peft import get_peft_model
+
+    model = causal_lm(architecture, dtype, **changes)
+    torch.manual_seed(0)
+    if config.train_base:
+        return model
+    adapter = molf_lora_config(config, fan_in_fan_out=architecture == "gpt2")
+    return get_peft_model(model, adapter, autocast_adapter_dtype=False)
+
+
+def _train(model, optimizer, steps=range(STEPS)):
+    winners = []
+    for step in steps:
+        lm_step(model, optimizer, step)
+        winners.append({name: each.winners for name, each in optimizer.routing.items()})
+    return winners
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("config", [MOLF, EFFICIENT], ids=["molf", "molf-e"])
+@pytest.mark.parametrize("architecture", ["qwen2", "gpt2"])
+def test_stacked_is_one_by_one(monkeypatch, architecture, config, dtype):
+    runs = []
+    for largest in (stacks.STACK_FROM, 0):
+        monkeypatch.setattr(stacks, "STACK_FROM", largest)
+        model = _model(config, architecture, dtype)
+        optimizer = create_molf_optimizer(model, config)
+        runs.append((_train(model, optimizer), dict(model.named_parameters()), optimizer))
+    (together, ours, optimizer), (alone, theirs, _) = runs
+    assert max(len(stack) for stack in optimizer.stacks().all) > 1
+    assert together == alone
+    assert len({names for step in together for names in step.values()}) > 1
+    for name, weight in ours.items():
+        # batched matmuls sum in another order: fp32 rounding, which may flip one bf16 spacing
+        torch.testing.assert_close(weight, theirs[name], rtol=2**-7 if dtype == torch.bfloat16 else 1e-4, atol=2e-6)
+
+
+def test_a_module_that_sits_out_a_step_keeps_its_moments_and_its_count():
+    model = nn.ModuleList([nn.Linear(6, 6) for _ in range(3)])
+    optimizer = create_molf_optimizer(model, MoLFConfig(expert_ranks=(2,)))
+    assert [len(stack) for stack in optimizer.stacks().all] == [3]
+    for step in range(4):
+        for i, layer in enumerate(model):
+            if (step, i) != (1, 2):
+                layer(torch.randn(5, 6)).square().mean().backward()
+        before = {key: value.clone() for key, value in optimizer.state[model[2].weight].items()}
+        optimizer.step()
+        optimizer.zero_grad()
+        unchanged = all(torch.equal(before[key], value) for key, value in optimizer.state[model[2].weight].items())
+        assert unchanged == (step == 1)
+    assert [optimizer.state[layer.weight]["step"].item() for layer in model] == [4, 4, 3]
+    assert optimizer.steps_taken == 4
+
+
+@pytest.mark.parametrize("config", [MOLF, EFFICIENT], ids=["molf", "molf-e"])
+def test_copies_and_replaced_tensors_are_seen(config):
+    model = _model(config)
+    optimizer = create_molf_optimizer(model, config)
+    _train(model, optimizer, range(4))
+    copied = copy.deepcopy((model, optimizer))
+    for entries in copied[1].state.values():
+        for key, value in entries.items():
+            if key != "base":
+                entries[key] = value.clone()
+    assert _train(model, optimizer, range(4, 9)) == _train(*copied, range(4, 9))
+    for own, other in zip(model.parameters(), copied[0].parameters(), strict=True):
+        assert torch.equal(own, other)
+
+
+class _Calls(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "config", [replace(MOLF, policy="fixed-dense"), replace(MOLF, policy="fixed-lora"), replace(EFFICIENT, top_k=2)]
+)
+def test_a_step_of_small_layers_makes_as_many_calls_at_any_depth(config):
+    counts = []
+    for layers in (4, 8):
+        model = _model(config, num_hidden_layers=layers)
+        optimizer = create_molf_optimizer(model, config)
+        _train(model, optimizer, range(3))
+        ids = torch.arange(3, 27).view(2, 12)
+        model(input_ids=ids, labels=ids).loss.backward()
+        with _Calls() as calls:
+            optimizer.step()
+        counts.append(Counter(name for name in calls.names if name != "permute"))  # a view, of each B
+    assert counts[0] == counts[1]
