@@ -109,18 +109,18 @@ def test_four_processes_continue_what_two_began(tmp_path: Path, facts: Path, met
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_bf16_with_and_without_fp32_weights(tmp_path: Path, facts: Path, dtype: str) -> None:
+@pytest.mark.parametrize(("method", "dtype"), [("molf", "float32"), ("molf", "bfloat16"), ("molf-e", "bfloat16")])
+def test_bf16_with_and_without_fp32_weights(tmp_path: Path, facts: Path, method: str, dtype: str) -> None:
     one, two, again = (tmp_path / name for name in ("one", "two", "again"))
     half = ["--bf16", "true", "--dtype", dtype, "--gradient_checkpointing", "true"]
-    train_to_end(options("molf", facts, one, STEPS, *ONE, *half))
-    run(tmp_path, 2, command, options("molf", facts, two, STEPS, *TWO, *half, *SAVED))
+    train_to_end(options(method, facts, one, STEPS, *ONE, *half))
+    run(tmp_path, 2, command, options(method, facts, two, STEPS, *TWO, *half, *SAVED))
     assert losses(two) == pytest.approx(losses(one), rel=2e-2)  # gradients are rounded to 8 bits
     halve(two, again)
     run(
         tmp_path,
         2,
         command,
-        options("molf", facts, again, STEPS, *TWO, *half, *SAVED, "--resume_from_checkpoint", "auto"),
+        options(method, facts, again, STEPS, *TWO, *half, *SAVED, "--resume_from_checkpoint", "auto"),
     )
     assert_identical(everything(again), everything(two))

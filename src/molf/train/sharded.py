@@ -46,8 +46,8 @@ from .verify import REST, SHARDED
 def shard(model: nn.Module, args: TrainingArguments) -> None:
     """Shard every layer, and the rest of the model, over all processes; call it before the Trainer is made.
 
-    Tied weights stay tied, because both are in the rest; transformers' own sharding, when it loads a model, and the one
-    of accelerate part them (5.23) or come after the optimizer is made (1.15).
+    Tied weights stay tied, because both are in the rest. transformers' own sharding, as it loads a model, parts them
+    (5.23), and accelerate's comes when the optimizer has been made (1.15).
 
     Args:
         model: On any device, the same on every process.
@@ -79,10 +79,11 @@ def shard(model: nn.Module, args: TrainingArguments) -> None:
 
 def layers(model: nn.Module) -> Iterator[nn.Module]:
     """The model's layers: the outermost modules whose name is a number."""
-    names = [name for name, _ in model.named_modules() if name.rpartition(".")[2].isdecimal()]
-    for name in names:
-        if not any(name.startswith(f"{outer}.") for outer in names):
-            yield model.get_submodule(name)
+    latest = None
+    for name, module in model.named_modules():  # what is inside a layer comes right after it
+        if name.rpartition(".")[2].isdecimal() and (latest is None or not name.startswith(latest)):
+            latest = f"{name}."
+            yield module
 
 
 class ShardedTraining:
