@@ -34,12 +34,13 @@ def write_run(
     finished: bool = True,
     ranks: Sequence[int] = (4,),
     name: str = "model",
+    evaluated: bool = False,
 ) -> Path:
     folder.mkdir(parents=True)
     molf = {"expert_ranks": list(ranks), "train_base": method in ("fft", "molf"), "lr": 1e-3, "lora_lr": 2e-3,
             "lora_alpha": None, "use_rslora": True, "policy": "score", "score_fn": "epd", "top_k": 1}  # fmt: skip
     config = {
-        "method": {"method": method, "model_name_or_path": name, "task": "world-fact"},
+        "method": {"method": method, "model_name_or_path": name, "task": "world-fact", "eval_examples": 64},
         "molf": molf,
         "training": {"learning_rate": 1e-3, "output_dir": str(folder)},
         "versions": {"torch": "2.13.0", "device": "cpu"},
@@ -47,10 +48,15 @@ def write_run(
     (folder / "run.json").write_text(json.dumps(config))
     if routing is not None:
         (folder / "routing.jsonl").write_text("".join(json.dumps(line) + "\n" for line in routing))
-    history = [
+    history: list[dict[str, Any]] = [
         {"step": step, "loss": 4.0 / step, "seconds": 0.5 * step, "num_tokens": 100 * step, "tokens_per_second": 200.0}
         for step in range(1, steps + 1)
     ]
+    if evaluated:  # every fifth step, after that step's entry, as the Trainer does
+        for step in range(5, steps + 1, 5):
+            entry = {"step": step, "eval_loss": 5.0 / step, "eval_score": 80.0 - 100 / step, "seconds": 0.5 * step}
+            history.append(entry)
+        history.sort(key=lambda entry: entry["step"])
     place = folder if finished else folder / "checkpoint-10"
     place.mkdir(exist_ok=True)
     (place / "trainer_state.json").write_text(json.dumps({"log_history": history}))

@@ -9,24 +9,19 @@ from pathlib import Path
 
 import pytest
 
+from molf.assets import BUNDLED_MODEL
 from molf.cli import main
 from molf.cli.compare import _options as compare_options
 
 ROOT = Path(__file__).parents[2]
 PAGES = (
-    "quickstart",
-    "tuning",
-    "memory",
-    "report",
-    "troubleshooting",
-    "compare",
-    "method",
-    "api",
-    "faults",
-    "export",
-    "distributed",
-)
-SHORTER = {"train": "--max_examples 8 --max_steps 2 --use_cpu true --gradient_checkpointing false".split()}
+    "quickstart", "tuning", "memory", "report", "troubleshooting", "compare", "method", "api", "faults", "export",
+    "performance", "distributed",
+)  # fmt: skip
+SHORTER = {
+    "train": "--max_examples 8 --max_steps 2 --use_cpu true --gradient_checkpointing false".split(),
+    "bench": "--preset tiny --rounds 1 --warmup 2 --contenders fft".split(),
+}
 
 
 @pytest.fixture(scope="module")
@@ -52,13 +47,27 @@ def test_code_blocks(name: str, folder: Path, monkeypatch, capsys) -> None:
             compare_options(["--config", "page.yaml"])
         elif language == "bash":
             for command in block.splitlines():
-                program, *words = command.split()
-                assert program == "molf"
+                before, program, words = command.partition("#")[0].partition("molf ")
+                assert (before, program) in (("", "molf "), ("PYTHONPATH=src python -m ", "molf "))
+                words = words.split()
                 assert main([*words, *SHORTER.get(words[0], [])]) == 0, capsys.readouterr().err
         else:
             assert language == "text", "a block that no test runs"
     if name == "tuning":
         assert "warning: lora_r8: lora_lr 0.01 x scale 11.31" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_configuration_of_a_sweep_runs(folder: Path, facts: Path, monkeypatch, capsys) -> None:
+    """docs/compare.md's, which the pages' own test parses alone: three runs, each a process."""
+    monkeypatch.chdir(folder)
+    (block,) = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "docs" / "compare.md").read_text(), re.DOTALL | re.MULTILINE)
+    Path("sweep.yaml").write_text(block)
+    Path("facts.json").symlink_to(facts)
+    Path("my-model").symlink_to(BUNDLED_MODEL)
+    shorter = "--learning_rates 1e-3 --seeds 0 --max_examples 8 --num_train_epochs 1 --use_cpu true".split()
+    assert main(["compare", "--config", "sweep.yaml", *shorter, "--output_dir", "sweep"]) == 0, capsys.readouterr().err
+    assert "| molf |" in Path("sweep", "comparison.md").read_text()
 
 
 def test_what_the_pages_made(folder: Path) -> None:
@@ -73,6 +82,7 @@ def test_what_the_pages_made(folder: Path) -> None:
         "own/metrics.json",
         "routed/report.html",
         "figures/routed-won.png",
+        "figures/score.png",
     )
     assert [name for name in made if not (folder / "runs" / name).exists()] == []
     assert not (folder / "runs" / "dry").exists()
@@ -98,15 +108,17 @@ def test_links_lead_somewhere() -> None:
                 assert anchor[1:] in [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings], anchor
 
 
-def test_the_api_page_is_that_of_the_docstrings(monkeypatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["api_page.py", "--check"])
+@pytest.mark.parametrize("script", ["api_page.py", "distributed_page.py"])
+def test_generated_pages_are_what_their_scripts_write(script: str, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", [script, "--check"])
     with pytest.raises(SystemExit) as status:
-        runpy.run_path(str(ROOT / "scripts" / "api_page.py"), run_name="__main__")
-    assert status.value.code == 0, "run scripts/api_page.py"
+        runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
+    assert status.value.code == 0, f"run scripts/{script}"
 
 
 @pytest.mark.parametrize("module", ["optim.config", "optim.factory", "optim.names", "optim.policy", "report.statistics",
-                                    "report.routing_content", "plan.tracker", "cli.eval", "table"])  # fmt: skip
+                                    "report.routing_content", "plan.tracker", "cli.eval", "table",
+                                    "train.evaluation"])  # fmt: skip
 def test_examples_in_docstrings(module: str) -> None:
     found = importlib.import_module(f"molf.{module}")
     names = {"torch": importlib.import_module("torch"), "nn": importlib.import_module("torch.nn")}

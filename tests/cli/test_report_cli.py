@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import matplotlib
 import pytest
 
 from molf.cli import main
@@ -45,8 +46,55 @@ def test_one_page_of_several_runs(tmp_path, capsys) -> None:
     assert text.count("plotly.js v") == 1
     assert not re.findall(r"""(?:src|href)=["']?(?:https?:)?//""", text.split('<script id="data"')[0])
     assert {path.name for path in (tmp_path / "png").iterdir()} == {
-        "loss.png", "molf-won.png", "molf-share.png", "molf-specialised.png",
+        "loss.png", "loss-time.png", "molf-won.png", "molf-share.png", "molf-specialised.png",
     }  # fmt: skip
+
+
+def test_scores_of_evaluations_are_a_curve(tmp_path, capsys) -> None:
+    """Over steps, seconds and tokens, in the page and as figures; a tick of a logarithmic axis is no formula."""
+    from matplotlib.figure import Figure
+
+    from molf.report.figures import _STYLE, _loss
+    from molf.report.runs import read_runs
+
+    run, other = write_run(tmp_path / "run", steps=40, evaluated=True), write_run(tmp_path / "other")
+    assert main(["report", str(run), str(other), "--png", str(tmp_path / "png")]) == 0
+    found, none = (each["evaluations"] for each in data_of(tmp_path / "report.html")["runs"])
+    assert found == {
+        "records": 64,
+        "steps": list(range(5, 41, 5)),
+        "seconds": [0.5 * step for step in range(5, 41, 5)],
+        "tokens": [100 * step for step in range(5, 41, 5)],
+        "loss": [pytest.approx(5 / step, rel=1e-5) for step in range(5, 41, 5)],
+        "score": [80 - 100 / step for step in range(5, 41, 5)],
+    }
+    assert none == {"records": 64, "steps": [], "seconds": [], "tokens": [], "loss": [], "score": []}
+    figures = {path.name for path in (tmp_path / "png").iterdir()}
+    assert figures == {f"{name}{suffix}.png" for name in ("loss", "score") for suffix in ("", "-time")}
+    with matplotlib.rc_context(_STYLE):
+        axes = Figure().subplots()
+        _loss(axes, read_runs([run, other]), "seconds")
+    assert axes.get_yscale() == "log"
+    assert {"0.1", "1"} <= {label.get_text() for label in axes.get_yticklabels()}
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["run", "other", "evaluation"]
+
+
+def test_tiles_say_who_is_best(tmp_path) -> None:
+    slow, fast = write_run(tmp_path / "slow", steps=400), write_run(tmp_path / "fast")
+    metrics = json.loads((slow / "metrics.json").read_text()) | {"score": 90.0, "peak_memory_mib": 4096.0}
+    (slow / "metrics.json").write_text(json.dumps(metrics))
+    assert main(["report", str(slow), str(fast)]) == 0
+    assert data_of(tmp_path / "report.html")["tiles"] == [
+        {"label": "Best score", "value": "90.0", "run": 0},
+        {"label": "Shortest training", "value": "10.0 s", "run": 1},
+        {"label": "Least memory", "value": "80 MiB", "run": 1},
+    ]
+    assert main(["report", str(slow)]) == 0
+    assert data_of(slow / "report.html")["tiles"] == [
+        {"label": "Score", "value": "90.0", "run": None},
+        {"label": "Training time", "value": "3.3 min", "run": None},
+        {"label": "Peak memory", "value": "4.0 GiB", "run": None},
+    ]
 
 
 def test_text_of_runs_is_escaped(tmp_path) -> None:

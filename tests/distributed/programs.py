@@ -309,3 +309,15 @@ def _late_ddp(mesh: Any) -> None:
     config = MoLFConfig(expert_ranks=(4,))
     model = get_peft_model(causal_lm("llama"), molf_lora_config(config))
     create_molf_optimizer(nn.parallel.DistributedDataParallel(model), config)
+
+
+def with_seeds_of_their_own(kind: str, steps: int) -> dict[str, torch.Tensor]:
+    """Weights, experts and moments after training by processes whose random generators differ."""
+    config = MoLFConfig(expert_ranks=(4, 3), lora_alpha=(3.0, 5.0), lr=1e-3, lora_lr=1e-3)
+    model = make_model("gemma3", config)
+    torch.manual_seed(dist.get_rank())
+    model, optimizer = start(model, config, kind)
+    for step in range(steps):
+        train_step(model, optimizer, step)
+    parameters = {name: whole(p) for name, p in model.named_parameters()}
+    return parameters | {f"{i}.{k}": whole(t) for i, e in enumerate(optimizer.state.values()) for k, t in e.items()}

@@ -1,8 +1,9 @@
 """What a step on several processes costs, keeps and refuses."""
 
 import pytest
+import torch
 from processes import run
-from programs import collectives_of_a_step, differ_after_a_write, mixed_precision, refusals
+from programs import collectives_of_a_step, differ_after_a_write, mixed_precision, refusals, with_seeds_of_their_own
 
 MOLF = {"expert_ranks": (4, 3)}
 EFFICIENT = {"expert_ranks": (4, 3), "train_base": False}
@@ -69,3 +70,12 @@ def test_what_is_refused(tmp_path):
     for messages in run(tmp_path, 2, refusals):
         for part, message in zip(expected, messages, strict=True):
             assert part in message
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_seeds_of_processes_may_differ(tmp_path, kind):
+    """Over 200 steps every process holds the same bits, and DDP's have nothing to say to each other in a step."""
+    first, second = run(tmp_path, 2, with_seeds_of_their_own, kind, 200)
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name

@@ -1,6 +1,7 @@
 """Precision, guards, schedules and the routing mapping of MoLFAdamW."""
 
 import copy
+import json
 import math
 
 import pytest
@@ -12,6 +13,7 @@ from models import causal_lm, lm_step
 from molf import MoLFConfig, NonFiniteGradientError, create_molf_optimizer, molf_lora_config, read_routing
 from molf.optim import RoutingRecorder
 from molf.optim import routing as routing_module
+from molf.optim.routing import _template
 
 
 def small() -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -175,6 +177,51 @@ def test_recorder_writes_one_record_per_step_in_full_precision(tmp_path, monkeyp
             assert tuple(header["experts"][i] for i in winners) == routing[name].winners
 
 
+def test_a_line_is_the_record_whatever_its_numbers(tmp_path) -> None:
+    """Floats that need all digits, whole ones, what is not finite, and modules that took no part; names are names."""
+    _, optimizer = small()
+    recorder = RoutingRecorder(optimizer, tmp_path / "routing.jsonl")
+    count, numbers = len(optimizer.routed_modules), [0.1, 1 / 3, 5e-324, 1e22, 0.0, 3.0, 2.0**-30, 1e-9]
+    rows = [[numbers[(i + j) % len(numbers)] for j in range(len(optimizer.experts))] for i in range(count)]
+    for scores, winners in (
+        (rows, [[1]] * count),
+        ([[math.inf, 1.0], *rows[1:]], [[0]] * count),
+        ([None, *rows[1:]], [None, *[[1]] * (count - 1)]),
+    ):
+        record = {
+            "step": 7,
+            "lr": {"dense": 5e-5, "100 %": 1e-3, "b": 0.1, "c": 1.0},
+            "scores": scores,
+            "winners": winners,
+        }
+        recorder._template = _template(list(record["lr"]), count, 1)
+        line = recorder._line(record)
+        assert line.endswith("\n")
+        assert json.loads(line) == record
+    recorder.close()
+
+
+def test_the_recorder_counts_as_the_optimizer_does(tmp_path) -> None:
+    """Also where the parameter that was ahead stays behind, and where another state is loaded."""
+    model, optimizer = small()
+    recorder = RoutingRecorder(optimizer, tmp_path / "routing.jsonl")
+    saved = copy.deepcopy(optimizer.state_dict())
+    expected = []
+    for step in range(9):
+        if step == 6:
+            optimizer.load_state_dict(saved)
+        frozen = list(model.parameters())[: 20 if step in (2, 3) else 1 if step == 4 else 0]
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        lm_step(model, optimizer, step)
+        expected.append(optimizer.steps_taken)
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        assert recorder.latest["step"] == expected[-1]
+    assert expected[6:] == [1, 2, 3]
+    recorder.close()
+
+
 def test_a_step_without_gradients_is_a_record_without_decisions(tmp_path) -> None:
     model, optimizer = small()
     recorder = RoutingRecorder(optimizer, tmp_path / "routing.jsonl")
@@ -195,6 +242,8 @@ def test_recorder_survives_a_torn_line_and_drops_what_a_resume_repeats(tmp_path)
         lm_step(model, optimizer, step)
     recorder.close()
     full = (tmp_path / "r.jsonl").read_text()
+    header, _, rest = full.partition("\n")
+    full = header + "\n" + rest.replace('"step":1,', '"step": 1,', 1)  # what is kept is not written anew
     (tmp_path / "r.jsonl").write_text(full + '{"step": 4, "lr"')
     model.load_state_dict(saved[1])
     optimizer.load_state_dict(saved[0])

@@ -1,11 +1,14 @@
 """What a Trainer's log says of routing, against numbers worked out by hand; what recording costs; and no network."""
 
 import os
+import random
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ import transformers
 from torch import nn
 
 from models import causal_lm, tokens
-from molf import MoLFConfig, MoLFOptimizerFactory, RoutingRecorder, create_molf_optimizer, read_routing
+from molf import MoLFConfig, MoLFOptimizerFactory, create_molf_optimizer, read_routing
 from molf.assets import BUNDLED_MODEL
 from molf.train.callbacks import RoutingCallback, SpeedCallback, before_loggers
 from molf.train.telemetry import LostUpdates, RoutingMetrics
@@ -37,6 +40,26 @@ def test_metrics_by_hand() -> None:
     assert metrics.take() == {}
     metrics.add(record(None, None, ([1.0, 0.5], [1])))
     assert metrics.take()["molf/switch_rate"] == 1.0  # since the entry before
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_metrics_counted_together_are_those_counted_one_by_one(top_k: int) -> None:
+    """Of 100 steps with modules that are absent and modules that never take part."""
+    names, experts = [f"layers.{i}.{kind}" for i in range(3) for kind in "qkv"], ["dense", "lora_r2", "lora_r8"]
+    together, single = (RoutingMetrics(names, experts, top_k) for _ in range(2))
+    chance, taken = random.Random(0), []
+    for _ in range(100):
+        rows = [None if i == 8 or chance.random() < 0.2 else [chance.random() for _ in experts] for i in range(9)]
+        order = [None if row is None else sorted(range(3), key=lambda e, row=row: -row[e])[:top_k] for row in rows]
+        step = {"scores": rows, "winners": order}
+        together.add(step)
+        single.add(step)
+        single._count()
+        taken.append(step)
+    found = together.take()
+    assert found == pytest.approx(single.take(), rel=1e-12)
+    decisions = [best for step in taken for best in step["winners"] if best is not None]
+    assert found["molf/dense_share"] == sum(0 in best for best in decisions) / len(decisions)
 
 
 def test_metrics_without_a_dense_expert() -> None:
@@ -162,13 +185,15 @@ def test_a_plain_trainer_reports_to_tensorboard(tmp_path: Path) -> None:
 
 
 def test_seconds_and_tokens_go_on_after_a_resume(monkeypatch) -> None:
-    clock = iter([100.0, 104.0, 106.0])
+    clock = iter([98.0, 100.0, 104.0, 106.0, 109.0, 110.0])
     monkeypatch.setattr("molf.train.callbacks.time.perf_counter", lambda: next(clock))
     state = SimpleNamespace(
         log_history=[{"step": 1, "seconds": 50.0, "num_tokens": 900}, {"step": 1, "eval_loss": 1.0}]
     )
     speed = SpeedCallback(lambda: 7.0)
     speed.on_train_begin(None, state, None)
+    for _ in range(2):
+        speed.on_epoch_begin(None, state, None)  # the first at 100: loggers took 2 seconds to start
     for tokens_so_far, expected in ((400, (54.0, 100.0)), (500, (56.0, 50.0))):
         logs = {"loss": 1.0, "num_tokens": tokens_so_far}
         state.log_history.append(dict(logs))
@@ -182,7 +207,12 @@ def test_seconds_and_tokens_go_on_after_a_resume(monkeypatch) -> None:
     assert last == state.log_history[-1] == {"train_runtime": 6.0, "num_tokens": 1400}
     evaluation = {"eval_loss": 1.0}
     speed.on_log(None, state, None, logs=evaluation)
-    assert evaluation == {"eval_loss": 1.0}
+    assert evaluation == {"eval_loss": 1.0, "seconds": 56.0}
+    speed.on_evaluate(None, state, None)  # at 109, so it took 3 seconds, which are not the training's
+    logs = {"loss": 1.0, "num_tokens": 600}
+    state.log_history.append(dict(logs))
+    speed.on_log(None, state, None, logs=logs)
+    assert (logs["seconds"], logs["tokens_per_second"], speed.paused) == (57.0, 100.0, 5.0)
 
 
 class Block(nn.Module):
@@ -197,33 +227,40 @@ class Block(nn.Module):
         return x
 
 
-def test_recording_costs_under_one_percent_of_a_step(tmp_path) -> None:
-    """196 modules of width 128 at 512 tokens; CPU time, which other processes of the machine do not add to."""
-    model = nn.Sequential(*(Block(128) for _ in range(28)))
+@pytest.mark.parametrize("width", [64, 128])
+def test_recording_costs_under_one_percent_of_a_step(tmp_path, width: int) -> None:
+    """Recorder and callback, 196 modules at 512 tokens; CPU time, which other processes do not add to."""
+    model = nn.Sequential(*(Block(width) for _ in range(28)))
     optimizer = create_molf_optimizer(model, MoLFConfig(expert_ranks=(8,)))
-    recorder = RoutingRecorder(optimizer, tmp_path / "routing.jsonl")
-    metrics = RoutingMetrics(optimizer.routed_modules, optimizer.experts)
-    recording = 0.0
-    inner = recorder.record
+    callback, args, state = started(tmp_path / "routing.jsonl", optimizer)
+    state.logging_steps = 4
+    control = SimpleNamespace(should_save=False)
+    recording, inner = 0.0, callback.recorder.record
 
-    def timed() -> None:
+    def timed(call: Callable[..., Any], *arguments: Any, **more: Any) -> None:
         nonlocal recording
         start = time.process_time()
-        inner()
-        metrics.add(recorder.latest)
+        call(*arguments, **more)
         recording += time.process_time() - start
 
-    recorder.record = timed
-    x = torch.randn(512, 128)
-    for step in range(7):
+    callback.recorder.record = lambda: timed(inner)
+    x = torch.randn(512, width)
+    for step in range(10):
         if step == 2:  # the first ones warm up
             recording, start = 0.0, time.process_time()
+        timed(callback.on_step_begin, args, state, control)
         model(x).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
+        timed(callback.on_optimizer_step, args, state, control)
+        timed(callback.on_step_end, args, state, control)
+        state.global_step += 1
+        if state.global_step % state.logging_steps == 2:
+            timed(logged, callback, state)
     share = recording / (time.process_time() - start)
-    recorder.close()
-    assert len(read_routing(tmp_path / "routing.jsonl")[1]) == 7
+    callback.close()
+    assert len(read_routing(tmp_path / "routing.jsonl")[1]) == 10
+    assert len(state.log_history) == 3
     assert share < 0.01
 
 

@@ -13,6 +13,8 @@ from ..train.methods import METHODS
 from .memory import KINDS, Plan, Row, Workload
 
 GIB = 2**30
+BAR = 20
+"""Characters of the longest bar."""
 TOO_FAST = 0.06
 """lora_lr x scale from which every run that was tried learned far less; ``benchmarks/lr_scale.py`` made them."""
 
@@ -50,13 +52,15 @@ def totals(plan: Plan) -> str:
 
 
 def by_kind(plans: Sequence[Plan]) -> str:
-    """GiB on one device by kind, one line per method."""
+    """GiB on one device by kind, one line per method with a bar of its peak."""
     kinds = [kind for kind in KINDS if kind != "communication"]
-    table = [("method", "LoRA ranks", *kinds, "peak")]
+    table = [("method", "LoRA ranks", *kinds, "peak", "")]
+    most = max(sum(plan.memory().values()) for plan in plans)
     for plan in plans:
         memory = plan.memory()
-        ranks = ", ".join(map(str, plan.ranks)) or "-"
-        table.append((plan.method, ranks, *(gib(memory[kind]) for kind in kinds), gib(sum(memory.values()))))
+        peak, ranks = sum(memory.values()), ", ".join(map(str, plan.ranks)) or "-"
+        bar = "#" * max(1, round(BAR * peak / most))
+        table.append((plan.method, ranks, *(gib(memory[kind]) for kind in kinds), gib(peak), bar))
     return aligned(table, right=range(2, len(kinds) + 3))
 
 

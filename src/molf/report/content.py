@@ -27,6 +27,7 @@ def content(runs: Sequence[Run]) -> dict[str, Any]:
         "title": runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
         "subtitle": _subtitle(runs),
         "notes": [unfinished(run) for run in runs if not run.finished],
+        "tiles": tiles(runs),
         "log_scale_from": LOG_SCALE_FROM,
         "columns": COLUMNS,
         "rows": [headline(run) for run in runs],
@@ -49,15 +50,16 @@ COLUMNS: list[dict[str, Any]] = [
     {"key": "ranks", "label": "LoRA ranks"},
     {"key": "lr", "label": "LR", "digits": None},
     {"key": "lora_lr", "label": "LoRA LR", "digits": None},
-    {"key": "score", "label": "Score", "digits": 1},
+    {"key": "score", "label": "Score", "digits": 1, "bar": True},
     {"key": "loss", "label": "Train loss", "digits": 3},
     {"key": "steps", "label": "Steps", "digits": 0},
-    {"key": "seconds", "label": "Seconds", "digits": 1},
-    {"key": "speed", "label": "Tokens/s", "digits": 0},
-    {"key": "memory", "label": "Peak MiB", "digits": 0},
-    {"key": "dense", "label": "Dense wins, %", "digits": 1},
+    {"key": "seconds", "label": "Seconds", "digits": 1, "bar": True},
+    {"key": "speed", "label": "Tokens/s", "digits": 0, "bar": True},
+    {"key": "memory", "label": "Peak MiB", "digits": 0, "bar": True},
+    {"key": "dense", "label": "Dense wins, %", "digits": 1, "bar": True},
 ]
-"""The headline table; a column with "digits" is numeric (None: as few digits as tell the number)."""
+"""The headline table; a column with "digits" is numeric (None: as few digits as tell the number), one with "bar" has
+bars to compare the runs by."""
 
 
 def headline(run: Run) -> dict[str, Any]:
@@ -79,6 +81,49 @@ def headline(run: Run) -> dict[str, Any]:
         "memory": _number(metrics.get("peak_memory_mib")),
         "dense": None if share is None else 100 * share,
     }
+
+
+def tiles(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """The numbers to see first: of one run its own, of several the best and the run, by index, that has it.
+
+    Scores of different tasks have no best.
+    """
+    rows, one = [headline(run) for run in runs], len(runs) == 1
+    found = []
+    for key, label, best, choose in (
+        ("score", "Score", "Best score", max),
+        ("seconds", "Training time", "Shortest training", min),
+        ("memory", "Peak memory", "Least memory", min),
+        ("dense", "Dense won", "Most dense wins", max),
+    ):
+        known = {index: row[key] for index, row in enumerate(rows) if row[key] is not None}
+        tasks = {run.config["method"].get("task") for run in runs}
+        if len(known) < (1 if one else 2) or (key == "score" and len(tasks) > 1):
+            continue
+        index = choose(known, key=known.__getitem__)
+        found.append(
+            {"label": label if one else best, "value": _tile(key, known[index]), "run": None if one else index}
+        )
+    return found
+
+
+def _tile(key: str, value: float) -> str:
+    if key == "seconds":
+        return duration(value)
+    if key == "memory":
+        return f"{value:.0f} MiB" if value < 2048 else f"{value / 1024:.1f} GiB"
+    return f"{value:.1f}" + (" %" if key == "dense" else "")
+
+
+def duration(seconds: float) -> str:
+    """A time with the unit that suits it.
+
+    Example:
+        >>> duration(20.44), duration(600), duration(9000)
+        ('20.4 s', '10.0 min', '2.5 h')
+    """
+    unit, size = ("h", 3600) if seconds >= 7200 else ("min", 60) if seconds >= 120 else ("s", 1)
+    return f"{seconds / size:.1f} {unit}"
 
 
 def score(run: Run) -> tuple[str, float | None]:
@@ -125,6 +170,7 @@ def _run(run: Run) -> dict[str, Any]:
     return {
         "name": run.name,
         "curve": curve(run.history),
+        "evaluations": evaluations(run),
         "task": run.config["method"].get("task"),
         "score_name": name,
         "score": value,
@@ -147,6 +193,28 @@ def curve(history: Sequence[dict[str, Any]]) -> dict[str, Any]:
         means = [values[a:b].mean() for a, b in pairwise(edges)] if known else []
         points[name] = [float(f"{mean:.6g}") for mean in means]
     return points
+
+
+def evaluations(run: Run) -> dict[str, Any]:
+    """Loss and score of the evaluations while training went on; "records" is how many records each looked at, at most.
+
+    An entry without a score, as of a run without a task, has None. Tokens are between the training log's, by step.
+    """
+    name, _ = score(run)
+    entries = [entry for entry in run.history if _number(entry.get("eval_loss")) is not None and "seconds" in entry]
+    tokens = {0: 0.0} | {
+        entry["step"]: entry["num_tokens"] for entry in run.history if _number(entry.get("num_tokens"))
+    }
+    steps = [entry["step"] for entry in entries]
+    between = np.interp(steps, list(tokens), list(tokens.values())) if len(tokens) > 1 else np.empty(0)
+    return {
+        "records": run.config["method"].get("eval_examples"),
+        "steps": steps,
+        "seconds": [float(f"{entry['seconds']:.6g}") for entry in entries],
+        "tokens": [round(count) for count in between.tolist()],
+        "loss": [float(f"{entry['eval_loss']:.6g}") for entry in entries],
+        "score": [_number(entry.get(f"eval_{name}")) for entry in entries],
+    }
 
 
 def configuration(runs: Sequence[Run]) -> list[dict[str, Any]]:

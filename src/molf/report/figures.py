@@ -1,4 +1,4 @@
-"""The report's figures as PNG files, for papers: loss, who won, share over time, specialisation step."""
+"""The report's figures as PNG files, for papers: loss, score, who won, share over time, specialisation step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .content import LOG_SCALE_FROM, curve
+from .content import LOG_SCALE_FROM, curve, evaluations
 from .routing_content import grid, routing_content
 from .runs import RoutingLog, Run
 
@@ -25,17 +25,23 @@ _STYLE: dict[Any, Any] = {
     "savefig.dpi": 300,
     "text.parse_math": False,  # names of runs and modules are no formulas
 }
+_RUNS = ("#2f6690", "#c4572f", "#3c8562", "#87539b", "#a67c12", "#4a5fb8", "#b03a5b", "#5c6b73")
 _TWO_SIDED = ("#2f6690", "#f1efea", "#c4572f")
 _EARLY_TO_LATE = ("#2f6690", "#d9d6cf")
+_LABELS = {"steps": "step", "seconds": "seconds of training"}
 
 
 def write_figures(runs: Sequence[Run], folder: Path) -> list[Path]:
     """Write ``loss.png``, and for every run that routes ``NAME-won.png``, ``-share.png`` and ``-specialised.png``.
 
+    ``loss-time.png`` is over seconds; ``score.png`` and ``score-time.png`` are written where a run was scored while
+    training went on.
+
     Returns:
         The files, in order.
     """
     import matplotlib
+    from cycler import cycler
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -49,29 +55,56 @@ def write_figures(runs: Sequence[Run], folder: Path) -> list[Path]:
         figure.savefig(written[-1])
 
     folder.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context(_STYLE):
-        if any("loss" in entry for run in runs for entry in run.history):
-            draw("loss", 3.4, 2.4, _loss, runs)
+    with matplotlib.rc_context({**_STYLE, "axes.prop_cycle": cycler(color=_RUNS)}):
+        for axis, suffix in (("steps", ""), ("seconds", "-time")):
+            if any(curve(run.history)[axis] for run in runs):
+                draw(f"loss{suffix}", 3.4, 2.4, _loss, runs, axis)
+            if any(_scored(run) for run in runs):
+                draw(f"score{suffix}", 3.4, 2.4, _score, runs, axis)
         for run in runs:
             if run.routing is not None:
                 name, shown = re.sub(r"[^\w.-]+", "-", run.name), routing_content(run.routing)
                 height = max(1.8, 0.9 + 0.17 * len(shown["layers"]))
                 draw(f"{name}-won", 3.4, height, _won, run.routing, shown)
-                draw(f"{name}-share", 3.4, 2.4, _share, shown)
+                draw(f"{name}-share", 3.4, max(1.4, 0.9 + 0.17 * len(shown["projections"])), _share, shown)
                 draw(f"{name}-specialised", 3.4, height, _specialised, run.routing, shown)
     return written
 
 
-def _loss(axes: Axes, runs: Sequence[Run]) -> None:
+def _loss(axes: Axes, runs: Sequence[Run], axis: str) -> None:
     losses: list[float] = []
-    for run in runs:
-        points = curve(run.history)
-        if points["steps"]:
-            axes.plot(points["steps"], points["loss"], label=run.name, linewidth=1)
+    for index, run in enumerate(runs):
+        points, evaluated = curve(run.history), evaluations(run)
+        if points[axis]:
+            axes.plot(points[axis], points["loss"], label=run.name, linewidth=1, color=f"C{index}")
             losses += points["loss"]
+        if evaluated[axis]:
+            axes.plot(evaluated[axis], evaluated["loss"], "o:", linewidth=0.8, markersize=2, color=f"C{index}")
+            losses += evaluated["loss"]
     if losses and max(losses) > LOG_SCALE_FROM * min(losses) > 0:
         axes.set_yscale("log")
-    axes.set(xlabel="step", ylabel="training loss (nats per token)")
+        axes.yaxis.set_major_formatter("{x:g}")  # matplotlib's own is a formula
+        axes.yaxis.set_minor_formatter("")
+    if any(evaluations(run)[axis] for run in runs):
+        axes.plot([], [], "o:", linewidth=0.8, markersize=2, color="black", label="evaluation")
+    axes.set(xlabel=_LABELS[axis], ylabel="loss (nats per token)")
+    axes.legend()
+
+
+def _scored(run: Run) -> bool:
+    return any(value is not None for value in evaluations(run)["score"])
+
+
+def _score(axes: Axes, runs: Sequence[Run], axis: str) -> None:
+    """Scores while training went on; the final ones are of other records and not in it."""
+    for index, run in enumerate(runs):
+        if _scored(run):
+            found = evaluations(run)
+            scores = [np.nan if value is None else value for value in found["score"]]
+            axes.plot(found[axis], scores, "o-", label=run.name, linewidth=1, markersize=2.5, color=f"C{index}")
+    counts = {evaluations(run)["records"] for run in runs if _scored(run)}
+    of = f" of {counts.pop()} records" if len(counts) == 1 else ""
+    axes.set(xlabel=_LABELS[axis], ylabel=f"score{of}")
     axes.legend()
 
 
@@ -93,26 +126,36 @@ def _heat_map(
     colors: Sequence[str],
     limits: tuple[float, float],
 ) -> None:
-    from matplotlib.colors import LinearSegmentedColormap
-
     layers, projections, cells = grid(log.modules)
     table = np.full((len(layers), len(projections)), np.nan)
     for cell, value in zip(cells, values, strict=True):
         table[cell] = np.nan if value is None else value
-    scale = LinearSegmentedColormap.from_list(label, colors)
-    image = axes.imshow(table, cmap=scale, vmin=limits[0], vmax=limits[1], aspect="auto")
+    _image(axes, table, label, colors, limits)
     axes.set_xticks(range(len(projections)), projections, rotation=35, ha="right")
     every = -(-len(layers) // 16)
     axes.set_yticks(range(0, len(layers), every), ["-" if layer is None else str(layer) for layer in layers[::every]])
     axes.set_ylabel("layer")
+    axes.vlines(np.arange(len(projections) - 1) + 0.5, -0.5, len(layers) - 0.5, colors="white", linewidth=0.8)
+    axes.hlines(np.arange(len(layers) - 1) + 0.5, -0.5, len(projections) - 0.5, colors="white", linewidth=0.8)
+
+
+def _image(
+    axes: Axes, table: np.ndarray, label: str, colors: Sequence[str], limits: tuple[float, float], **options: Any
+) -> None:
+    from matplotlib.colors import LinearSegmentedColormap
+
+    scale = LinearSegmentedColormap.from_list(label, colors)
+    image = axes.imshow(table, cmap=scale, vmin=limits[0], vmax=limits[1], aspect="auto", **options)
     axes.figure.colorbar(image, ax=axes, label=label)
 
 
 def _share(axes: Axes, shown: dict[str, Any]) -> None:
-    middles = [(first + last) / 2 for first, last in shown["line_windows"]]
-    last = len(shown["projections"]) - 1
-    for i, (projection, line) in enumerate(zip(shown["projections"], shown["line_shares"][0], strict=True)):
-        width = min(4.0, 1 + 0.6 * (last - i))  # lines that lie on one another show as bands
-        axes.plot(middles, [np.nan if y is None else y for y in line], label=projection, linewidth=width)
-    axes.set(xlabel="step", ylabel=f"share won by {shown['experts'][0]}", ylim=(-0.03, 1.03))
-    axes.figure.legend(loc="outside upper center", fontsize=6, ncols=4)
+    """A strip per projection; lines would lie on one another."""
+    names, height = shown["projections"], len(shown["projections"])
+    table = np.array(shown["projection_shares"][0], dtype=float)  # None is nan
+    extent = (shown["first_step"] - 0.5, shown["last_step"] + 0.5, height - 0.5, -0.5)
+    label = f"share won by {shown['experts'][0]}"
+    _image(axes, table, label, _TWO_SIDED, (0.0, 1.0), extent=extent, interpolation="nearest")
+    axes.set_yticks(range(height), names)
+    axes.hlines(np.arange(height - 1) + 0.5, *extent[:2], colors="white", linewidth=1.5)
+    axes.set_xlabel("step")

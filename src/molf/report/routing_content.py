@@ -13,18 +13,16 @@ from ..optim.names import places
 from .runs import RoutingLog
 from .statistics import margins, shares, specialised, switch_rate, window_medians, windows
 
-HEAT_MAP_WINDOWS = 60
-LINE_WINDOWS = 160
+WINDOWS = 100
 
 
 def routing_content(log: RoutingLog) -> dict[str, Any]:
-    """Heat map by window, lines by projection, and the step from which each module kept its winner.
+    """Shares by window of modules and of projections, and the step from which each module kept its winner.
 
-    Long logs are averaged over windows of steps: at most 60 for the heat map and 160 for the lines; the windows' first
-    and last steps are given with them, and the page says so.
+    Long logs are averaged over at most 100 windows of steps, whose first and last steps are given with them.
     """
     layers, projections, cells = grid(log.modules)
-    coarse, fine = windows(len(log.steps), HEAT_MAP_WINDOWS), windows(len(log.steps), LINE_WINDOWS)
+    edges = windows(len(log.steps), WINDOWS)
     margin = margins(log.scores)
     columns = [np.array([cell[1] == p for cell in cells]) for p in range(len(projections))]
     return {
@@ -33,12 +31,11 @@ def routing_content(log: RoutingLog) -> dict[str, Any]:
         "projections": projections,
         "cells": cells,
         "modules": list(log.modules),
-        "windows": _spans(log, coarse),
-        "shares": plain(shares(log.won, log.took_part, coarse).transpose(2, 0, 1), 3),
+        "windows": _spans(log, edges),
+        "shares": plain(shares(log.won, log.took_part, edges).transpose(2, 0, 1), 3),
         "whole": plain(_whole(log).T, 4),
-        "line_windows": _spans(log, fine),
-        "line_shares": plain(np.stack([_pooled(log, column, fine) for column in columns]).transpose(2, 0, 1), 4),
-        "line_margins": plain([window_medians(margin[:, column], fine) for column in columns], 4),
+        "projection_shares": plain(np.stack([_pooled(log, column, edges) for column in columns]).transpose(2, 0, 1), 4),
+        "projection_margins": plain([window_medians(margin[:, column], edges) for column in columns], 4),
         "specialised": [int(step) for step in specialised(log.best, log.steps)],
         "first_step": int(log.steps[0]),
         "last_step": int(log.steps[-1]),
@@ -65,19 +62,20 @@ def sentences(log: RoutingLog) -> list[str]:
     total = [log.won[:, :, expert].sum() / max(1, took_part.sum()) for expert in range(len(log.experts))]
     lines = [
         f"{took_part.sum():,} decisions: {len(log.modules)} modules at {len(steps):,} steps. "
-        + ", ".join(f"{name} won {100 * share:.1f} %" for name, share in zip(log.experts, total, strict=True))
+        + ", ".join(f"{name} won {100 * share:.1f}\u00a0%" for name, share in zip(log.experts, total, strict=True))
         + "."
     ]
     first, name = np.nan_to_num(whole[:, 0], nan=-1.0), log.experts[0]
     if len(log.modules) > 1 and len(log.experts) > 1:
         most, least = int(first.argmax()), int(np.where(first < 0, np.inf, first).argmin())
+        modules = [module.removeprefix("base_model.model.") for module in log.modules]  # PEFT's
         lines.append(
-            f"{name} won most often in {log.modules[most]} ({100 * first[most]:.0f} % of steps) and least often in "
-            f"{log.modules[least]} ({100 * first[least]:.0f} %)."
+            f"{name} won most often in {modules[most]} ({100 * first[most]:.0f}\u00a0% of steps) and least often "
+            f"in {modules[least]} ({100 * first[least]:.0f}\u00a0%)."
         )
     rate = switch_rate(log.best)
     half = int(((kept >= 0) & (kept <= (steps[0] + steps[-1]) / 2)).sum())
-    changes = "" if math.isnan(rate) else f"The winner changed in {100 * rate:.1f} % of decisions; "
+    changes = "" if math.isnan(rate) else f"The winner changed in {100 * rate:.1f}\u00a0% of decisions; "
     lines.append(f"{changes}{half} of {len(log.modules)} modules kept one winner through the second half.")
     return lines
 

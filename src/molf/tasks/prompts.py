@@ -81,6 +81,10 @@ class Context:
         """The context of a model and its tokenizer."""
         return cls(context_length(model, tokenizer), getattr(tokenizer, "bos_token_id", None), long_prompts)
 
+    def shorten(self, limit: int | None) -> None:
+        """Make it no longer than ``limit``, if there is one."""
+        self.length = min((n for n in (self.length, limit) if n is not None), default=None)
+
     def fit(self, prompt: list[int], reserve: int) -> list[int]:
         """The prompt, or its end, so that ``reserve`` more tokens have room.
 

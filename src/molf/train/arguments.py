@@ -47,12 +47,20 @@ class MethodArguments:
     method: str = _help(f"One of {', '.join(METHODS)}.", "molf")
     task: str | None = _help(f"One of {', '.join(TASKS)}; without it the data are prompt/completion JSON lines.")
     dataset_path: str | None = _help("The data: the task's file, folder or hub id[:split], or the JSON lines.")
-    eval_dataset_path: str | None = _help("Records to score after training; default is the trained ones.")
+    eval_dataset_path: str | None = _help(
+        "Records to score after training and in evaluations; default is the trained ones. Without a task "
+        "prompt/completion JSON lines, for the evaluation loss."
+    )
     max_examples: int | None = _help("Train on at most this many records, from the start of the data.")
     validation_size: float = _help("Split the records: size of the validation part, or its share below 1.", 0.0)
     test_size: float = _help("Size or share of the test part; both parts are scored after training.", 0.0)
     split_seed: int = _help("Seed of the split, apart from the seed of training.", 0)
     eval_at_end: bool = _help("Score the task after training and add it to metrics.json.", True)
+    eval_examples: int = _help(
+        "With eval_strategy: how many records, of the validation part if there is one, give the loss and the score "
+        "while training goes on.",
+        64,
+    )
     long_prompts: str = _help(
         "Prompts that exceed the model's context: truncate (from the left) or refuse.", "truncate"
     )
@@ -102,7 +110,7 @@ class MethodArguments:
     )
 
     dry_run: bool = _help(
-        "Make three steps, print their peak memory next to the estimate of molf plan, and save nothing.", False
+        "Make one step, print its peak memory next to the estimate of molf plan, and save nothing.", False
     )
 
     def __post_init__(self) -> None:
@@ -118,8 +126,6 @@ class MethodArguments:
             raise ValueError(f"task={self.task!r}: choose one of {choices}, or none for prompt/completion JSON lines")
         if self.needs_data and self.task is None and not self.dataset_path:
             raise ValueError("dataset_path is not given: name a file of training data, or a task with its own")
-        if self.task is None and self.eval_dataset_path:
-            raise ValueError(f"eval_dataset_path={self.eval_dataset_path}: only a task is scored; name one")
         for name in ("validation_size", "test_size"):
             if getattr(self, name) < 0 or (getattr(self, name) > 0 and (self.task is None or self.eval_dataset_path)):
                 raise ValueError(
@@ -141,8 +147,9 @@ class MethodArguments:
                 f"quantization={self.quantization}: {self.method}{other} needs the base's weights in full precision; "
                 f"leave it out or choose one of {', '.join(name for name, m in METHODS.items() if m.quantizes)}"
             )
-        if self.max_examples is not None and self.max_examples < 1:
-            raise ValueError(f"max_examples={self.max_examples}: must be at least 1")
+        for name in ("max_examples", "eval_examples"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         self._refuse_unused()
         if spec.one_rank and len(self.expert_ranks) > 1:
             raise ValueError(f"expert_ranks={self.expert_ranks}: {self.method} has one rank; use molf-e for several")
@@ -187,6 +194,15 @@ class MethodArguments:
             raise ValueError(
                 f"resume_from_checkpoint={args.resume_from_checkpoint}: adalora's importance scores are in no "
                 "checkpoint, so it cannot continue exactly; start a new run in another output_dir"
+            )
+        evaluates = args.eval_strategy != "no"
+        if self.task is None and bool(self.eval_dataset_path) != evaluates:
+            raise ValueError(
+                f"eval_strategy={args.eval_strategy.value}: without a task there is nothing to evaluate; name one, or "
+                "an eval_dataset_path of prompt/completion JSON lines"
+                if evaluates
+                else f"eval_dataset_path={self.eval_dataset_path}: only a task is scored; name one, or set "
+                "eval_strategy for the evaluation loss"
             )
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
             if getattr(args, name) < 1:
@@ -262,6 +278,7 @@ class TrainArguments(SFTConfig):
     lr_scheduler_type: str = _help("Learning-rate schedule.", "cosine")
     warmup_steps: float = _help("Warm-up steps, or as a ratio of all steps below 1.", 0.1)
     output_dir: str = _help("Run directory.", "runs/molf")
+    completion_only_loss: bool | None = _help("No loss on the prompt.", True)  # TRL takes cut prompts for plain text
     bf16: bool | None = _help("bf16 mixed precision; default on a GPU.")
     activation_checkpointing: bool | None = _help("transformers' new name for gradient_checkpointing.")
     dataloader_pin_memory: bool = _help("Pin memory of batches; default on a GPU.", torch.cuda.is_available())

@@ -59,7 +59,7 @@ class RoutingCallback(TrainerCallback):
         if state.is_world_process_zero:
             self.recorder = RoutingRecorder(optimizer, self.path)
             own = self.recorder.optimizer
-            self._metrics = RoutingMetrics(own.routed_modules, own.experts)
+            self._metrics = RoutingMetrics(own.routed_modules, own.experts, own.config.top_k)
             self._lost = LostUpdates(own)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -119,15 +119,22 @@ class SpeedCallback(TrainerCallback):
     """Adds ``seconds`` of training so far, ``tokens_per_second`` and ``peak_memory_mib`` to the training logs.
 
     The seconds go on after a resume, and so do the ``num_tokens`` that TRL counts from 0 in every process: they are
-    those of the run. Tokens per second are since the entry before.
+    those of the run. Tokens per second are since the entry before. The clock stands still while loggers start, which
+    may take a connection, and while the Trainer evaluates; an evaluation's entry has the ``seconds`` at which it began.
 
     Args:
         peak_memory: Gives the peak memory so far, MiB.
+
+    Attributes:
+        paused: Seconds that loggers' starts and evaluations of this process took.
     """
 
     def __init__(self, peak_memory: Callable[[], float]) -> None:
         self.peak_memory = peak_memory
+        self.paused = 0.0
         self._begin = 0.0
+        self._stepped = 0.0  # when the latest step had ended and was logged
+        self._started = False
         self._tokens = 0.0  # of the processes before
         self._last = (0.0, 0.0)  # time and tokens at the entry before
 
@@ -138,18 +145,41 @@ class SpeedCallback(TrainerCallback):
             return next((entry[key] for entry in reversed(state.log_history) if key in entry), 0.0)
 
         now, self._tokens = time.perf_counter(), last("num_tokens")
-        self._begin = now - last("seconds")
+        self._begin, self._stepped, self._started = now - last("seconds"), now, False
         self._last = (now, self._tokens)
 
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """At the first one, take out what the other callbacks did when training began."""
+        if not self._started:
+            self._started = True
+            self.on_evaluate(args, state, control)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note the time, in case an evaluation follows."""
+        self._stepped = time.perf_counter()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """As after a step."""
+        self.on_step_end(args, state, control)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take the evaluation out of the time."""
+        now = time.perf_counter()
+        took, self._stepped = now - self._stepped, now
+        self.paused, self._begin = self.paused + took, self._begin + took
+        self._last = (self._last[0] + took, self._last[1])
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        """Complete an entry that has the training loss; in any, count on."""
+        """Complete an entry that has the training loss or an evaluation's; in any, count on."""
         if logs is None:
             return
+        if "eval_loss" in logs:
+            _complete(state, logs, {"seconds": self._stepped - self._begin})
         if "num_tokens" in logs:
             _complete(state, logs, {"num_tokens": logs["num_tokens"] + self._tokens})
         if "loss" not in logs:
             return
-        now = time.perf_counter()
+        self._stepped = now = time.perf_counter()
         found = {"seconds": now - self._begin, "peak_memory_mib": self.peak_memory()}
         if "num_tokens" in logs:
             found["tokens_per_second"] = (logs["num_tokens"] - self._last[1]) / (now - self._last[0])

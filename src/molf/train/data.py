@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..tasks import Task
 from ..tasks.prompts import Context, tokenize_pair
 from ..tasks.records import read_text
+from .evaluation import few
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -65,6 +66,18 @@ def load_data(task: Task | None, method: MethodArguments) -> tuple[Dataset, dict
         other = method.eval_dataset_path
         scored = {"": records if other is None else task.load(other, None)}
     return Dataset.from_list([task.example(record) for record in records]), scored
+
+
+def evaluation_records(method: MethodArguments, scored: dict[str, Sequence[Any]]) -> list[Any]:
+    """What is evaluated while training goes on: of a task a few records to be scored, of the validation part if any.
+
+    Raises:
+        ValueError: If the JSON lines of a run without a task are empty or malformed.
+        OSError: If they cannot be read.
+    """
+    if method.task is None:
+        return few(load_pairs(str(method.eval_dataset_path)), method.eval_examples)
+    return few(scored["validation" if "validation" in scored else ""], method.eval_examples)
 
 
 def split(

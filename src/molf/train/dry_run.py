@@ -1,4 +1,4 @@
-"""``molf train --dry_run``: real steps, their peak memory, and what ``molf plan`` says of it."""
+"""``molf train --dry_run``: one real step, its peak memory, and what ``molf plan`` says of it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from ..optim import MoLFAdamW
 from ..optim.virtual import shares_storage
 from ..plan.memory import Plan, Workload, plan_method
 from .arguments import MethodArguments, TrainArguments
@@ -33,35 +34,34 @@ class DryRun:
         plan: The estimate.
         batch: Sequences in the larger of the batches.
         length: Tokens per sequence of the longest batch.
-        shared: Bytes of W that were still the layer's own weight, because no LoRA expert of the layer had won.
     """
 
     measured: float
     plan: Plan
     batch: int
     length: int
-    shared: int = 0
-
-    @property
-    def memory(self) -> dict[str, int]:
-        """The plan by kind for what these steps held, bytes: without the copies of W that are yet to come."""
-        memory = self.plan.memory()
-        return {**memory, "masters": memory["masters"] - self.shared}
 
     @property
     def estimated(self) -> int:
         """Peak memory by the plan, bytes."""
-        return sum(self.memory.values())
+        return sum(self.plan.memory().values())
 
 
-class _Watch(TrainerCallback):
-    """Notes the largest batch that reaches the model's embedding, and how much of W needs no memory of its own."""
+class _Stepped(Exception):
+    """The step was made: there is nothing to save or to score."""
+
+
+class _OneStep(TrainerCallback):
+    """Fills the optimizer's state, makes a step, notes its peak and its largest batch, and ends the run."""
 
     def __init__(self) -> None:
-        self.batch = self.length = self.shared = 0
+        self.batch = self.length = 0
+        self.peak_mib = 0.0
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Look at what the embedding is given."""
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        """Fill the state, and look at what the embedding is given."""
 
         def look(_: Any, inputs: tuple[Any, ...]) -> None:
             batch, length = inputs[0].shape
@@ -69,20 +69,43 @@ class _Watch(TrainerCallback):
                 self.batch, self.length = batch, length
 
         model.get_input_embeddings().register_forward_pre_hook(look)
+        fill_state(getattr(optimizer, "optimizer", optimizer))
 
-    def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        """Look at which W are the weights themselves."""
-        states = getattr(optimizer, "optimizer", optimizer).state.items()
-        bases = [each["base"] for weight, each in states if "base" in each and shares_storage(each["base"], weight)]
-        self.shared = sum(base.numel() * base.element_size() for base in bases)
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Of the first step."""
+        self.peak_mib = (logs or {})["peak_memory_mib"]
+        raise _Stepped
+
+
+@torch.no_grad()
+def fill_state(optimizer: Any) -> None:
+    """Make all that an optimizer comes to hold in a run, without a step of the training.
+
+    MoLF has its moments from the start, but in fp32 makes a layer a W of its own at the first win of a LoRA expert.
+    Another optimizer makes its moments in the first ``step()``: here in one of gradients and learning rates that are 0.
+    """
+    if isinstance(optimizer, MoLFAdamW):
+        for weight, state in optimizer.state.items():
+            if "base" in state and shares_storage(state["base"], weight):
+                state["base"] = state["base"].clone()
+        return
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
 
 
 def dry_run(method: MethodArguments, args: TrainArguments) -> DryRun:
-    """Make real steps in a scratch folder, and estimate the memory of the same batch.
+    """Make one real step in a scratch folder, and estimate the memory of the same batch.
 
-    Three steps: AdamW has its moments from the second on, and in fp32 a LoRA expert that wins the second, the first
-    with a learning rate above 0, makes a copy of W that the third holds. On a CPU, memory is the growth of the process,
-    so the whole is done twice: the first time loads the libraries' code, which is no part of the model.
+    What the optimizer comes to hold in a run is there before, see ``fill_state``: else the step would not show it. On a
+    CPU, memory is the growth of the process, so the whole is done twice: the first time loads the libraries' code,
+    which is no part of the model.
 
     Raises:
         ValueError: As of ``train``.
@@ -90,38 +113,41 @@ def dry_run(method: MethodArguments, args: TrainArguments) -> DryRun:
     """
     if not torch.cuda.is_available():
         _keep_no_freed_memory()
-        _few_steps(method, args)
+        _one_step(method, args)
         gc.collect()
         _keep_no_freed_memory()
-    measured, seen = _few_steps(method, args)
+    seen = _one_step(method, args)
     model = model_config(method, args)
     work = workload(method, args, model, seen.length)
     plan = plan_method(method.method, method.molf_config(args), work)
-    return DryRun(measured * 2**20, plan, seen.batch, seen.length, seen.shared)
+    return DryRun(seen.peak_mib * 2**20, plan, seen.batch, seen.length)
 
 
 def compared(found: DryRun) -> str:
     """Measured and estimated peak, and the estimate by kind, MiB."""
-    kinds = ", ".join(f"{kind} {size / 2**20:.1f}" for kind, size in found.memory.items() if size)
-    more = f"\nup to {found.shared / 2**20:.1f} MiB more, for W, from each layer's first win of a LoRA expert on"
+    kinds = ", ".join(f"{kind} {size / 2**20:.1f}" for kind, size in found.plan.memory().items() if size)
     measured, estimated = found.measured / 2**20, found.estimated / 2**20
     return (
         f"a step of {found.batch} x {found.length} tokens took {measured:.1f} MiB at its peak; the estimate is "
         f"{estimated:.1f} MiB ({100 * (estimated / measured - 1):+.1f} %)\n"
-        f"estimated MiB: {kinds}{more if found.shared else ''}"
+        f"estimated MiB: {kinds}"
     )
 
 
-def _few_steps(method: MethodArguments, args: TrainArguments) -> tuple[float, _Watch]:
-    args, seen = copy.deepcopy(args), _Watch()
-    method = copy.deepcopy(method)
-    method.eval_at_end = False
-    args.max_steps, args.save_strategy, args.disable_tqdm = 3, "no", True
+def _one_step(method: MethodArguments, args: TrainArguments) -> _OneStep:
+    args, seen = copy.deepcopy(args), _OneStep()
+    args.save_strategy, args.eval_strategy, args.disable_tqdm = "no", "no", True
+    args.logging_strategy, args.logging_steps = "steps", 1
     args.report_to = []  # what "none" has become
     args.resume_from_checkpoint = None
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.suppress(_Stepped),
+    ):
         args.output_dir = folder
-        return train(method, args, [seen])["peak_memory_mib"], seen
+        train(method, args, [seen])
+    return seen
 
 
 def _keep_no_freed_memory() -> None:
@@ -144,7 +170,7 @@ def workload(method: MethodArguments, args: TrainArguments, model: Any, length: 
         accumulation=args.gradient_accumulation_steps,
         checkpointing=bool(args.activation_checkpointing),
         autocast=bool(args.bf16),
-        fused="fused" in str(args.optim),
+        fused="fused" in args.optim.value,
         quantization=method.quantization,
         trust_remote_code=args.trust_remote_code,
     )

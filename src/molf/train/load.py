@@ -6,6 +6,7 @@ Weights are read from safetensors alone, and code of a model's own runs only whe
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import warnings
 from collections.abc import Iterator
@@ -13,6 +14,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from huggingface_hub.constants import HF_HUB_OFFLINE
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from peft import AutoPeftModelForCausalLM, PeftConfig
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -32,7 +36,7 @@ _NO_PICKLES = (
 
 @contextmanager
 def naming(name: str) -> Iterator[None]:
-    """Say which model it was, where an error of the hub's client or of transformers does not.
+    """Say which model it was and, of one that is nowhere, where it was looked for; the hub's client speaks of repo ids.
 
     Raises:
         ValueError: In place of a ValueError or OSError, with the name in front.
@@ -40,7 +44,23 @@ def naming(name: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        raise ValueError(f"model {name} cannot be read: {error}") from error
+        raise ValueError(f"model {name} cannot be read: {_reason(name, error)}") from error
+
+
+def _reason(name: str, error: BaseException) -> str:
+    if os.path.exists(name):
+        return str(error)
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return "there is no such folder, and no model of the hub has such a name"
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, LocalEntryNotFoundError):
+        cause = cause.__cause__ or cause.__context__
+    if cause is None:
+        return str(error)
+    offline = " (HF_HUB_OFFLINE is set)" if HF_HUB_OFFLINE else ""
+    return f"there is no such folder, the hub cannot be reached{offline}, and its cache does not have the model"
 
 
 def load_tokenizer(name: str, eos_token: str | None = None, **hub: Any) -> Any:

@@ -14,10 +14,12 @@ import resource
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of whichever client it uses
 from transformers import TrainerCallback, set_seed
 from trl import SFTTrainer
@@ -30,8 +32,9 @@ from .adalora import AdaLoraCallback, AdaLoraTrainer
 from .arguments import MethodArguments, TrainArguments
 from .callbacks import PlanCallback, RoutingCallback, SpeedCallback, before_loggers
 from .checkpoints import WholeCheckpoints, writing
-from .data import fit_examples, load_data
+from .data import evaluation_records, fit_examples, load_data
 from .distributed import from_first, is_sharded
+from .evaluation import ScoredEvaluation
 from .files import sync, write_json
 from .load import hub_commit, load_model, load_tokenizer, naming, versions
 from .methods import METHODS, Adapted
@@ -72,6 +75,7 @@ def train(method: MethodArguments, args: TrainArguments, callbacks: Sequence[Tra
         model = load_model(method.model_name_or_path, method.dtype, **_hub(method, args), **_quantized(method, args))
         resolved["model_commit"] = hub_commit(method.model_name_or_path, method.model_revision)
     dataset, cut = _fit(task, dataset, scored, model, tokenizer, method, args.max_length)
+    evaluated = evaluation_records(method, scored) if args.eval_strategy != "no" else []
     adapted = Adapted(model, method.method, config, resolved["model_commit"]) if spec.saves_adapter(config) else None
     if args.fsdp:
         shard(model if adapted is None else adapted.model, args)
@@ -83,6 +87,7 @@ def train(method: MethodArguments, args: TrainArguments, callbacks: Sequence[Tra
         model=model if adapted is None else adapted.model,
         args=args,
         train_dataset=dataset,
+        eval_dataset=_examples(task, evaluated, model, tokenizer, method, args.max_length) if evaluated else None,
         processing_class=tokenizer,
         optimizer_cls_and_kwargs=(MoLFOptimizerFactory, {"config": config}) if spec.routes else None,
         callbacks=[
@@ -92,9 +97,12 @@ def train(method: MethodArguments, args: TrainArguments, callbacks: Sequence[Tra
             *callbacks,
         ],
     )
-    before_loggers(trainer, SpeedCallback(memory.mib), *([routing] if spec.routes else []))
+    if task is not None:
+        trainer.score = partial(task.evaluate, tokenizer=tokenizer, records=evaluated)
+    speed = SpeedCallback(memory.mib)
+    before_loggers(trainer, speed, *([routing] if spec.routes else []))
     try:
-        metrics = {"method": method.method, **_run(trainer, checkpoint, memory), **cut}
+        metrics = {"method": method.method, **_run(trainer, checkpoint, speed), **cut}
     finally:
         routing.close()
     if method.method == "adalora":
@@ -125,11 +133,11 @@ def _resolved(method: MethodArguments, args: TrainArguments) -> tuple[MoLFConfig
     return config, {**parts, "processes": args.world_size}
 
 
-class _Trainer(FiniteSteps, WholeCheckpoints, ShardedTraining, SFTTrainer):
+class _Trainer(FiniteSteps, WholeCheckpoints, ShardedTraining, ScoredEvaluation, SFTTrainer):
     pass
 
 
-class _AdaLoraTrainer(FiniteSteps, WholeCheckpoints, AdaLoraTrainer):
+class _AdaLoraTrainer(FiniteSteps, WholeCheckpoints, ScoredEvaluation, AdaLoraTrainer):
     pass
 
 
@@ -165,8 +173,8 @@ def _scores(task: Task, model: Any, tokenizer: Any, scored: dict[str, Sequence[A
     return metrics
 
 
-def _run(trainer: Any, checkpoint: str | None, memory: _PeakMemory) -> dict[str, Any]:
-    """Train; returns loss, steps, time and memory, the last two since the resume if there was one."""
+def _run(trainer: Any, checkpoint: str | None, speed: SpeedCallback) -> dict[str, Any]:
+    """Train; returns loss, steps, time without evaluations, and memory, these two since the resume if there was one."""
     start = time.perf_counter()
     if checkpoint is not None and is_over(checkpoint):  # the Trainer would take one step more
         loss = None
@@ -176,8 +184,8 @@ def _run(trainer: Any, checkpoint: str | None, memory: _PeakMemory) -> dict[str,
     metrics: dict[str, Any] = {
         "train_loss": loss if checkpoint is None else _mean_loss(trainer.state.log_history, loss),
         "steps": trainer.state.global_step,
-        "seconds": time.perf_counter() - start,
-        "peak_memory_mib": memory.mib(),
+        "seconds": time.perf_counter() - start - speed.paused,
+        "peak_memory_mib": speed.peak_memory(),
     }
     if trainer.on_nonfinite == "skip":
         metrics["skipped_steps"] = len(skipped_steps(trainer.state.log_history))
@@ -234,12 +242,27 @@ def _fit(
         if task is not None:
             name = part or method.eval_dataset_path or method.dataset_path or task.name
             fit_examples([task.example(record) for record in records], tokenizer, context, name)
-    context.length = min((n for n in (context.length, max_length) if n is not None), default=None)
+    context.shorten(max_length)
     dataset = fit_examples(dataset, tokenizer, context, method.dataset_path or str(method.task))
     if not context.truncated:
         return dataset, {}
     print(f"{context.truncated} of {len(dataset)} prompts are longer than {context.length} tokens: cut from the left")
     return dataset, {"truncated_examples": context.truncated}
+
+
+def _examples(
+    task: Task | None,
+    records: Sequence[Any],
+    model: Any,
+    tokenizer: Any,
+    method: MethodArguments,
+    max_length: int | None,
+) -> Any:
+    """Records as the dataset of the evaluation loss, within context and ``max_length`` as the training set is."""
+    context = Context.of(model, tokenizer, method.long_prompts)
+    context.shorten(max_length)
+    pairs = Dataset.from_list(list(records) if task is None else [task.example(record) for record in records])
+    return fit_examples(pairs, tokenizer, context, method.eval_dataset_path or method.dataset_path or str(method.task))
 
 
 class _PeakMemory:
