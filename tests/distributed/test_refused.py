@@ -82,6 +82,8 @@ def test_layers_are_those_that_are_numbered(name: str) -> None:
     model = causal_lm(name)
     kind = {"qwen2": "Qwen2DecoderLayer", "gpt2": "GPT2Block"}[name]
     assert [type(layer).__name__ for layer in layers(model)] == [kind, kind]
+    experts = torch.nn.ModuleList(torch.nn.ModuleList([torch.nn.Linear(1, 1)]) for _ in range(11))
+    assert list(layers(experts)) == list(experts)  # not what is numbered inside them
 
 
 def test_a_trainer_that_shards_too_late_is_refused() -> None:

@@ -43,6 +43,12 @@ def test_two_processes_are_one(tmp_path: Path, facts: Path, method: str) -> None
     assert_identical(*ends)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["molf", "molf-e"])
+def test_200_steps_leave_the_same_bits_on_both(tmp_path: Path, facts: Path, method: str) -> None:
+    assert_identical(*run(tmp_path, 2, train_to_end, options(method, facts, tmp_path / "run", 200)))
+
+
 @pytest.mark.parametrize("method", slowly(*METHODS))
 def test_a_resume_is_exact(tmp_path: Path, facts: Path, method: str) -> None:
     """By as many processes bit for bit; by one, with the same global batch, up to the order of sums."""

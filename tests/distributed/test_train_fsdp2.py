@@ -10,7 +10,7 @@ import pytest
 from processes import run
 from safetensors.torch import load_file
 from test_resume import assert_identical
-from train_programs import command, everything, halve, losses, options, train_to_end, winners
+from train_programs import command, command_on_a_full_disk, everything, halve, losses, options, train_to_end, winners
 
 from molf.cli import main
 
@@ -65,6 +65,16 @@ def test_scores_of_a_sharded_model_are_those_of_the_saved_one(tmp_path: Path, fa
     assert {name: metrics[name] for name in found} == pytest.approx(found, rel=1e-4)
 
 
+def test_a_full_disk_on_one_process_is_one_line(tmp_path: Path, facts: Path) -> None:
+    out = tmp_path / "run"
+    first, second = run(tmp_path, 2, command_on_a_full_disk, options("molf", facts, out, STEPS, *TWO, *SAVED))
+    for each in (first, second):
+        assert each["status"] == 2
+        assert "checkpoint-2 cannot be written" in each["err"].splitlines()[-1]
+        assert "No space left on device" in each["err"].splitlines()[-1]
+    assert not list(out.glob("*checkpoint*"))
+
+
 def test_the_commands_of_the_page(tmp_path: Path) -> None:
     page = (ROOT / "docs" / "distributed.md").read_text()
     commands = re.findall(r"^torchrun --nproc_per_node 2 -m molf train (.*)$", page, re.MULTILINE)
@@ -99,18 +109,18 @@ def test_four_processes_continue_what_two_began(tmp_path: Path, facts: Path, met
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_bf16_with_and_without_fp32_weights(tmp_path: Path, facts: Path, dtype: str) -> None:
+@pytest.mark.parametrize(("method", "dtype"), [("molf", "float32"), ("molf", "bfloat16"), ("molf-e", "bfloat16")])
+def test_bf16_with_and_without_fp32_weights(tmp_path: Path, facts: Path, method: str, dtype: str) -> None:
     one, two, again = (tmp_path / name for name in ("one", "two", "again"))
     half = ["--bf16", "true", "--dtype", dtype, "--gradient_checkpointing", "true"]
-    train_to_end(options("molf", facts, one, STEPS, *ONE, *half))
-    run(tmp_path, 2, command, options("molf", facts, two, STEPS, *TWO, *half, *SAVED))
+    train_to_end(options(method, facts, one, STEPS, *ONE, *half))
+    run(tmp_path, 2, command, options(method, facts, two, STEPS, *TWO, *half, *SAVED))
     assert losses(two) == pytest.approx(losses(one), rel=2e-2)  # gradients are rounded to 8 bits
     halve(two, again)
     run(
         tmp_path,
         2,
         command,
-        options("molf", facts, again, STEPS, *TWO, *half, *SAVED, "--resume_from_checkpoint", "auto"),
+        options(method, facts, again, STEPS, *TWO, *half, *SAVED, "--resume_from_checkpoint", "auto"),
     )
     assert_identical(everything(again), everything(two))

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from programs import make_model, start, whole
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.utils._pytree import tree_map
 from transformers import TrainerCallback
 
@@ -113,6 +114,17 @@ def command(argv: Sequence[str]) -> dict[str, Any]:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = molf.cli.main(["train", *argv])
     return {"status": status, "out": out.getvalue(), "err": err.getvalue()}
+
+
+def command_on_a_full_disk(argv: Sequence[str]) -> dict[str, Any]:
+    """The second process cannot write its shards."""
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    if dist.get_rank() == 1:
+        HuggingFaceStorageWriter.write_data = full
+    return command(argv)
 
 
 def agree(broken: int) -> dict[str, Any]:

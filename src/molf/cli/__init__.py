@@ -11,6 +11,7 @@ from importlib import import_module
 import torch
 
 from ..optim import NonFiniteError, ResumeError
+from ..train.distributed import lost_process
 
 COMMANDS = {
     "demo": "fine-tune the bundled model by every method and compare",
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, NonFiniteError, ResumeError) as error:
         return _fail(str(error) or type(error).__name__)
     except (MemoryError, RuntimeError) as error:
-        if _lost_process(error):
+        if lost_process(error):
             reason = str(error).rpartition("] ")[2].split(". ")[0]  # after gloo's place in the code, before its advice
             return _fail(f"another process of this run has ended ({reason}). {_CONTINUE}")
         if not _out_of_memory(error):
@@ -84,11 +85,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _out_of_memory(error: Exception) -> bool:
     """There is a class for an accelerator's memory, and a RuntimeError like any other for the CPU's."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
-
-
-def _lost_process(error: Exception) -> bool:
-    """NCCL's errors have a class; gloo's are RuntimeErrors like any other."""
-    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
 
 
 def _fail(message: str) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import TrainerState
 
-from .distributed import is_sharded
+from .distributed import from_all, is_sharded, lost_process
 from .files import sha256, sync, write_json
 from .sharded import load_optimizer, load_weights, save_optimizer
 from .verify import MANIFEST, SHARDED, UNFINISHED, check_fits, checkpoints
@@ -30,8 +30,8 @@ class WholeCheckpoints:
 
     On a resume, a checkpoint of another model or of other experts is refused before any weight is loaded.
 
-    With several processes the first publishes and removes while the others wait, so ``output_dir`` has to be one folder
-    for all of them. Of a model that FSDP2 shards, weights are whole and the optimizer's state is sharded.
+    With several processes each looks at its share of the files, and the first publishes and removes: ``output_dir`` has
+    to be one folder for all of them. Of a model that FSDP2 shards, weights are whole and the optimizer's state sharded.
 
     Example:
         class MyTrainer(WholeCheckpoints, Trainer): ...
@@ -56,12 +56,13 @@ class WholeCheckpoints:
             with writing(final):
                 super()._save_checkpoint(model, trial)  # type: ignore[misc]
                 this._finish_current_push()  # an upload reads the staged folder
+                if this.args.should_save and Path(this.state.best_model_checkpoint or "") == staged:
+                    this.state.best_model_checkpoint = str(final)
+                    this.state.save_to_json(str(staged / "trainer_state.json"))
                 this.accelerator.wait_for_everyone()
+                entries = from_all(look_at_files(staged, this.args.process_index, this.args.world_size))
                 if this.args.should_save:
-                    if this.state.best_model_checkpoint and Path(this.state.best_model_checkpoint) == staged:
-                        this.state.best_model_checkpoint = str(final)
-                        this.state.save_to_json(str(staged / "trainer_state.json"))
-                    publish(staged, final)
+                    publish(staged, final, entries)
         finally:
             self._staging = False
             if this.args.should_save:
@@ -105,21 +106,28 @@ class WholeCheckpoints:
             rotate(Path(checkpoint), this.args.save_total_limit, this.state.best_model_checkpoint)
 
 
-def publish(staged: Path, final: Path) -> None:
+def look_at_files(folder: Path, process: int, processes: int) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of the files of a folder that are this process's share, when they are on the disk; by name."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())[process::processes]
+    for path in files:
+        sync(path)
+    return {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}
+
+
+def publish(staged: Path, final: Path, entries: Sequence[dict[str, dict[str, Any]]]) -> None:
     """Give a folder that is complete its name; see ``WholeCheckpoints``.
 
     Args:
         staged: The folder, in one of its own.
         final: Its name; a folder that has it is replaced.
+        entries: What ``look_at_files`` gave to every process.
 
     Raises:
         OSError: If the disk is full.
     """
-    files = sorted(path for path in staged.rglob("*") if path.is_file())
-    entries = {str(path.relative_to(staged)): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}
-    for path in (*files, *(path for path in staged.rglob("*") if path.is_dir())):
+    for path in (path for path in staged.rglob("*") if path.is_dir()):
         sync(path)
-    write_json(staged / MANIFEST, {"files": entries})
+    write_json(staged / MANIFEST, {"files": {name: entry for part in entries for name, entry in part.items()}})
     if final.exists():
         final.rename(staged.parent / "replaced")
     staged.rename(final)
@@ -153,6 +161,8 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
+        if lost_process(error):
+            raise
         free = shutil.disk_usage(path.parent).free / 2**20
         raise OSError(
             f"{path} cannot be written, with {free:.1f} MiB free on its disk ({' '.join(str(error).split())[:200]}): "

@@ -112,6 +112,15 @@ def from_first(find: Callable[[], T]) -> T:
     return result
 
 
+def from_all(value: T) -> list[T]:
+    """What every process has, on every process, in their order."""
+    if processes() == 1:
+        return [value]
+    found: list[Any] = [None] * processes()
+    torch.distributed.all_gather_object(found, value)
+    return found
+
+
 def first_error(error: T | None) -> T | None:
     """What the first process that found an error has of it, on every process, so that all stop or go on together.
 
@@ -124,9 +133,12 @@ def first_error(error: T | None) -> T | None:
     torch.distributed.all_reduce(broken)
     if not broken.item():
         return None
-    errors: list[T | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(errors, error)
-    return next(each for each in errors if each is not None)
+    return next(each for each in from_all(error) if each is not None)
+
+
+def lost_process(error: BaseException) -> bool:
+    """Whether another process has ended: NCCL's errors have a class; gloo's are RuntimeErrors like any other."""
+    return isinstance(error, torch.distributed.DistError) or "third_party/gloo" in str(error)
 
 
 def is_sharded(model: nn.Module) -> bool:

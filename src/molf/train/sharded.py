@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import (
@@ -45,8 +46,8 @@ from .verify import REST, SHARDED
 def shard(model: nn.Module, args: TrainingArguments) -> None:
     """Shard every layer, and the rest of the model, over all processes; call it before the Trainer is made.
 
-    Tied weights stay tied, because both are in the rest; transformers' own sharding, when it loads a model, and the one
-    of accelerate part them (5.23) or come after the optimizer is made (1.15).
+    Tied weights stay tied, because both are in the rest. transformers' own sharding, as it loads a model, parts them
+    (5.23), and accelerate's comes when the optimizer has been made (1.15).
 
     Args:
         model: On any device, the same on every process.
@@ -78,10 +79,11 @@ def shard(model: nn.Module, args: TrainingArguments) -> None:
 
 def layers(model: nn.Module) -> Iterator[nn.Module]:
     """The model's layers: the outermost modules whose name is a number."""
-    names = [name for name, _ in model.named_modules() if name.rpartition(".")[2].isdecimal()]
-    for name in names:
-        if not any(name.startswith(f"{outer}.") for outer in names):
-            yield model.get_submodule(name)
+    latest = None
+    for name, module in model.named_modules():  # what is inside a layer comes right after it
+        if name.rpartition(".")[2].isdecimal() and (latest is None or not name.startswith(latest)):
+            latest = f"{name}."
+            yield module
 
 
 class ShardedTraining:
@@ -159,7 +161,8 @@ def save_optimizer(model: nn.Module, optimizer: Optimizer, folder: Path) -> None
     """
     found: Any = get_optimizer_state_dict(model, optimizer)
     tensors, numbers = _parted(found["state"])
-    save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder / SHARDED), save_distributed=True))
+    with _own_errors():
+        save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder / SHARDED), save_distributed=True))
     if torch.distributed.get_rank() == 0:
         torch.save({"state": numbers, "param_groups": found["param_groups"]}, folder / SHARDED / REST)
 
@@ -172,7 +175,7 @@ def load_optimizer(model: nn.Module, optimizer: Optimizer, folder: Path) -> None
     """
     own: Any = get_optimizer_state_dict(model, optimizer)
     tensors, _ = _parted(own["state"])
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _own_errors():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what is meant then
         load(tensors, storage_reader=HuggingFaceStorageReader(str(folder / SHARDED)))
     rest = torch.load(folder / SHARDED / REST, map_location="cpu", weights_only=True)
@@ -186,8 +189,18 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     """Read a checkpoint's whole weights into a sharded model, every process its part; tied ones are there once."""
     weights = get_model_state_dict(model)
     planner = DefaultLoadPlanner(allow_partial_load=True)
-    load(weights, storage_reader=HuggingFaceStorageReader(str(folder)), planner=planner)
+    with _own_errors():
+        load(weights, storage_reader=HuggingFaceStorageReader(str(folder)), planner=planner)
     set_model_state_dict(model, weights)
+
+
+@contextmanager
+def _own_errors() -> Iterator[None]:
+    """What went wrong on a process, on all of them: the distributed checkpoint's error is no ``Exception``."""
+    try:
+        yield
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from error
 
 
 def _parted(state: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
