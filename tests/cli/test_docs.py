@@ -34,7 +34,6 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.xdist_group("docs")
 @pytest.mark.parametrize("name", PAGES)
 def test_code_blocks(name: str, folder: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(folder)
@@ -71,7 +70,6 @@ def test_the_configuration_of_a_sweep_runs(folder: Path, facts: Path, monkeypatc
     assert "| molf |" in Path("sweep", "comparison.md").read_text()
 
 
-@pytest.mark.xdist_group("docs")
 def test_what_the_pages_made(folder: Path) -> None:
     """After the blocks above: their outputs are where the pages say."""
     if not (folder / "runs" / "molf").exists():

@@ -5,6 +5,7 @@ from .factory import MoLFOptimizerFactory, create_molf_optimizer, molf_lora_conf
 from .guards import NonFiniteError, NonFiniteGradientError, ResumeError
 from .molf_adamw import MoLFAdamW
 from .routing import Routing, RoutingRecorder, read_routing
+from .sharding import ProcessesDifferError
 
 __all__ = [
     "MoLFAdamW",
@@ -12,6 +13,7 @@ __all__ = [
     "MoLFOptimizerFactory",
     "NonFiniteError",
     "NonFiniteGradientError",
+    "ProcessesDifferError",
     "ResumeError",
     "Routing",
     "RoutingRecorder",

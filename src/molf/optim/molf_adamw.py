@@ -100,7 +100,7 @@ class MoLFAdamW(MoLFStep):
         Raises:
             NonFiniteGradientError: If a gradient is NaN or infinite; nothing has changed then.
             ResumeError: If, after a resume, a module that always had gradients no longer gets one.
-            RuntimeError: If processes differ, by ``check_ranks_every``, or the model was sharded after its optimizer
+            ProcessesDifferError: If they do, by ``check_ranks_every``, or the model was sharded after its optimizer
                 was made.
             ValueError: If a closure is given, or a gradient is sparse.
         """

@@ -20,6 +20,10 @@ from .config import MoLFConfig
 _PLAIN = (Tensor, nn.Parameter)
 
 
+class ProcessesDifferError(RuntimeError):
+    """What has to be the same in several processes is not, or a model was sharded after its optimizer was made."""
+
+
 def is_distributed(tensor: Any) -> bool:
     """Whether it is a DTensor. Without the import, which is slow and has happened where there is one."""
     module = sys.modules.get("torch.distributed.tensor")
@@ -86,7 +90,7 @@ def compare_replicas(named: Sequence[tuple[str, Any]]) -> None:
         named: Name and tensor; a DTensor is compared along the dimensions of its mesh that replicate it.
 
     Raises:
-        RuntimeError: Naming the first tensor that differs, in every process.
+        ProcessesDifferError: Naming the first tensor that differs, in every process.
     """
     distributed = torch.distributed
     replicated: dict[Any, list[tuple[str, Tensor]]] = {}
@@ -103,7 +107,7 @@ def compare_replicas(named: Sequence[tuple[str, Any]]) -> None:
         distributed.all_reduce(least, distributed.ReduceOp.MIN, group=group)
         differ = [name for (name, _), low, high in zip(held, *least.tolist(), strict=True) if low != -high]
         if differ:
-            raise RuntimeError(
+            raise ProcessesDifferError(
                 f"{differ[0]} differs between processes (and {len(differ) - 1} more tensors): they were not given the "
                 "same weights, or something but the optimizer changed them; take the last checkpoint that was the same"
             )

@@ -15,7 +15,7 @@ from .checkpoint import check_loadable, with_bare_groups
 from .config import MoLFConfig
 from .guards import WrittenTensors
 from .layout import RoutedModule, Slot
-from .sharding import Shards, compare_replicas, fitted, local
+from .sharding import ProcessesDifferError, Shards, compare_replicas, fitted, local
 from .stacks import Unrouted
 
 _IN_EVERY_GROUP = tuple("betas eps expert_ranks scales score_fn top_k policy random_shares policy_seed".split())
@@ -96,7 +96,7 @@ class MoLFState(Optimizer):
         """Refuse a step in which this process has parameters that are not the model's any more."""
         every = [p for group in self.param_groups for p in group["params"]]
         if any(p not in self.state for p in every) or all(p.grad is None for p in every):
-            raise RuntimeError(
+            raise ProcessesDifferError(
                 "no gradient reaches the optimizer's parameters: was the model sharded after its optimizer was made? "
                 "Make the optimizer after fully_shard"
             )
@@ -107,7 +107,7 @@ class MoLFState(Optimizer):
         One all-reduce of two integers per tensor; every process calls it.
 
         Raises:
-            RuntimeError: Naming the first tensor that differs.
+            ProcessesDifferError: Naming the first tensor that differs.
         """
         names = [name for group in self.param_groups for name in group["param_names"]]
         every = [p for group in self.param_groups for p in group["params"]]

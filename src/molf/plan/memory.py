@@ -102,6 +102,7 @@ class Plan:
         rows: The table of tensors.
         peak: Of a forward and backward pass, gradients included, bytes.
         step: What the optimizer's step holds beside state and gradients, bytes.
+        summed: Of it gradients that FSDP2's processes sum, which each has as a whole, and once more in one piece.
         blocks: Bytes of the largest layer's weights, of which FSDP2 gathers two.
         tied: Whether the output head is the embedding.
     """
@@ -112,6 +113,7 @@ class Plan:
     rows: list[Row] = field(repr=False)
     peak: int
     step: int
+    summed: int
     blocks: int
     tied: bool
 
@@ -127,7 +129,9 @@ class Plan:
         for tensor in self.held:
             found[tensor.kind] += tensor.bytes_on(gpus) if sharded else tensor.bytes
         whole = sum(tensor.bytes for tensor in self.held if tensor.kind == "gradients")
-        found["activations"] = max(self.peak - whole, self.step // (gpus if sharded else 1), 0)
+        dealt = sharded and gpus > 1
+        step = (self.step - self.summed) // gpus + 2 * self.summed if dealt else self.step
+        found["activations"] = max(self.peak - whole, step, 0)
         if gpus > 1:
             found["communication"] = 2 * self.blocks if sharded else whole
         return found
@@ -161,7 +165,7 @@ def plan_method(name: str, config: MoLFConfig, work: Workload) -> Plan:
         unpacked = max((weight.numel() for weight in packed.values()), default=0)  # one at a time, to multiply with
         peak = _simulate(model, base, work) + unpacked * (2 if work.autocast else work.dtype.itemsize)
     sizes = [tensor.bytes for tensor in held if tensor.kind == "moments"]
-    temporaries = _of_step(optimizer) if optimizer else (0 if work.fused else 2) * max(sizes, default=0)
+    temporaries, summed = _of_step(optimizer) if optimizer else ((0 if work.fused else 2) * max(sizes, default=0), 0)
     return Plan(
         name,
         tuple(config.expert_ranks),
@@ -169,6 +173,7 @@ def plan_method(name: str, config: MoLFConfig, work: Workload) -> Plan:
         rows,
         peak,
         temporaries,
+        summed,
         _largest_block(base),
         base.get_output_embeddings() is not None
         and base.get_output_embeddings().weight is base.get_input_embeddings().weight,
@@ -236,16 +241,21 @@ def _of_optimizer(optimizer: Any) -> Iterator[Held]:
                 yield Held(kind, name, tuple(value.shape), _size(value), dealt)
 
 
-def _of_step(optimizer: Any) -> int:
-    """Bytes that a step needs beside the state: gradients of experts that are no parameters, and a pass's tensors."""
-    computed = [  # both of virtual experts; a real adapter's B alone, scaled
-        matrix.exp_avg
-        for stack in optimizer.stacks().all
-        for matrix in (stack.pair or ())
-        if matrix.virtual is not None or matrix.turned
-    ]
-    sizes = [_size(tensor) for tensor in computed]
-    return sum(sizes) + STEP_TENSORS * max([4 * BLOCK, *sizes])
+def _of_step(optimizer: Any) -> tuple[int, int]:
+    """Bytes that a step needs beside the state, and how many of them FSDP2's processes sum.
+
+    Gradients of experts that are no parameters, those that are gathered from several modules, and a pass's tensors.
+    """
+    sizes, summed = [], 0
+    for stack in optimizer.stacks().all:
+        gathered = len(stack) > 1
+        sizes += [_size(part.exp_avg) for part in stack.dense if gathered]
+        for factor, part in enumerate(stack.pair or ()):
+            if gathered or part.virtual is not None or part.turned:  # a real adapter's B is scaled
+                sizes.append(_size(part.exp_avg))
+            if part.virtual is not None and factor == int(stack.modules[0].transposed):
+                summed += _size(part.exp_avg)
+    return sum(sizes) + STEP_TENSORS * max([4 * BLOCK, *sizes]), summed
 
 
 def _of_adamw(model: nn.Module) -> Iterator[Held]:
