@@ -73,6 +73,23 @@ def test_a_module_that_sits_out_a_step_keeps_its_moments_and_its_count():
     assert optimizer.steps_taken == 4
 
 
+def test_only_the_stack_of_a_module_that_sat_out_is_taken_apart():
+    layers = [nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 4), nn.Linear(6, 4)]
+    optimizer = create_molf_optimizer(nn.ModuleList(layers), MoLFConfig(expert_ranks=(2,)))
+    for left_out in (1, None):
+        for i, layer in enumerate(layers):
+            if i != left_out:
+                layer(torch.randn(5, 6)).square().mean().backward()
+        found, _ = optimizer.stacks().of([m for i, m in enumerate(optimizer.modules) if i != left_out], [])
+        assert [[module.name for module in stack.modules] for stack in found] == [
+            *([["0"]] if left_out == 1 else [["0"], ["1"]]),
+            ["2", "3"],
+        ]
+        optimizer.step()
+        optimizer.zero_grad()
+    assert optimizer.routed_modules == list(optimizer.routing) == ["0", "1", "2", "3"]
+
+
 @pytest.mark.parametrize("config", [MOLF, EFFICIENT], ids=["molf", "molf-e"])
 def test_copies_and_replaced_tensors_are_seen(config):
     model = _model(config)

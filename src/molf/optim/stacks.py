@@ -167,29 +167,28 @@ class Stacks:
         """Whether the optimizer still holds the tensors that these stacks are of."""
         return self._fingerprint == self._tensors()
 
-    def of(self, active: Sequence[RoutedModule]) -> list[Stack]:
-        """The modules that take part in a step, together where they have made as many steps."""
+    def of(self, active: Sequence[RoutedModule], others: Sequence[Unrouted]) -> tuple[list[Stack], list[OtherStack]]:
+        """What takes part in a step: whole stacks, and one by one what is left of a stack or has made other steps."""
         numbers = (self._steps + 1).tolist()
-        stacks = self.all if len(active) == len(self._index) else []
-        if not stacks or any(len({numbers[each[0]] for each in stack.positions}) > 1 for stack in stacks):
-            stacks = [self._single(module) for module in active]
+        names = {module.name for module in active}
+        stacks: list[Stack] = []
+        for stack in self.all if len(active) > 1 else ():
+            here = [module for module in stack.modules if module.name in names]
+            together = len(here) == len(stack) and len({numbers[each[0]] for each in stack.positions}) == 1
+            stacks += [stack] if together else map(self._single, here)
+        if len(active) == 1:  # as in the backward pass, where every module has its own step
+            stacks = [self._single(active[0])]
         for stack in stacks:
             stack.count = numbers[stack.positions[0][0]]
-        return stacks
-
-    def of_others(self, active: Sequence[Unrouted]) -> list[OtherStack]:
-        """The parameters that take part in a step and are not routed, as of ``of``."""
-        numbers = (self._steps + 1).tolist()
-        stacks = self.others if len(active) == sum(len(stack.names) for stack in self.others) else []
-        if not stacks or any(len({numbers[i] for i in stack.positions}) > 1 for stack in stacks):
-            stacks = []
-            for each in active:
-                if each.name not in self._single_others:
-                    self._single_others[each.name] = self._make_other([each])
-                stacks.append(self._single_others[each.name])
-        for stack in stacks:
-            stack.count = numbers[stack.positions[0]]
-        return stacks
+        taking = {each.name: each for each in others}
+        other_stacks: list[OtherStack] = []
+        for other in self.others if others else ():
+            present = [taking[name] for name in other.names if name in taking]
+            together = len(present) == len(other.names) and len({numbers[i] for i in other.positions}) == 1
+            other_stacks += [other] if together else map(self._single_other, present)
+        for other in other_stacks:
+            other.count = numbers[other.positions[0]]
+        return stacks, other_stacks
 
     def order(self, stacks: Sequence[Stack]) -> list[int]:
         """Where each module is, in model order, among those of the stacks."""
@@ -219,6 +218,11 @@ class Stacks:
         if module.name not in self._singles:
             self._singles[module.name] = self._make([module])
         return self._singles[module.name]
+
+    def _single_other(self, other: Unrouted) -> OtherStack:
+        if other.name not in self._single_others:
+            self._single_others[other.name] = self._make_other([other])
+        return self._single_others[other.name]
 
     def _grouped(self, modules: Iterable[RoutedModule]) -> list[list[RoutedModule]]:
         """Modules that are alike and small together, in the order of their first ones."""

@@ -73,7 +73,7 @@ class MoLFStep(MoLFState):
         if not active and not others:
             return
         known = self.stacks()
-        stacks, other_stacks = known.of(active), known.of_others(others)
+        stacks, other_stacks = known.of(active, others)
         other_grads = [each.part.gradient() for each in other_stacks]
         check, winners = self._route(stacks, known.order(stacks), other_stacks, other_grads)
         known.advance(stacks, other_stacks)
