@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 def main() -> None:
     """Both commands in a fresh folder; the second uses the first's data."""
-    commands = re.findall(r"^molf (.*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    commands = re.findall(r"^molf ((?:demo|train).*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "src").symlink_to(ROOT / "src")
         printed, seconds = [], []
