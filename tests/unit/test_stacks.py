@@ -88,6 +88,36 @@ def test_copies_and_replaced_tensors_are_seen(config):
         assert torch.equal(own, other)
 
 
+@pytest.mark.parametrize("shape", [(), (3,)])
+def test_alike_parameters_of_any_dimension_are_stepped_like_adamw(shape):
+    model = nn.Module()
+    model.layer = nn.Linear(4, 4)
+    model.scales = nn.ParameterList([nn.Parameter(torch.full(shape, float(i + 1))) for i in range(3)])
+    alone = [parameter.detach().clone().requires_grad_() for parameter in model.scales]
+    optimizer = create_molf_optimizer(model, MOLF)
+    adamw = torch.optim.AdamW(alone, lr=MOLF.lr, weight_decay=0.0)
+    for _ in range(3):
+        for parameters, stepped in ((model.scales, optimizer), (alone, adamw)):
+            sum(p.pow(i + 2).sum() for i, p in enumerate(parameters)).backward()
+            stepped.step()
+            stepped.zero_grad()
+    for parameter, other in zip(model.scales, alone, strict=True):
+        assert torch.equal(parameter, other)
+
+
+def test_rates_of_a_state_that_is_loaded_after_steps_are_read():
+    model = _model(MOLF)
+    optimizer = create_molf_optimizer(model, MOLF)
+    _train(model, optimizer, range(2))
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    _train(model, optimizer, range(2, 3))
+    for parameter, other in zip(model.parameters(), before, strict=True):
+        assert torch.equal(parameter, other)
+
+
 class _Calls(TorchDispatchMode):
     def __init__(self):
         super().__init__()

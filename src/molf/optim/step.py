@@ -59,7 +59,7 @@ class MoLFStep(MoLFState):
 
     def stacks(self) -> Stacks:
         """The modules as a step works on them; made anew when someone has replaced a tensor of the optimizer."""
-        if self._stacks is None or not self._stacks.fit():
+        if self._stacks is None or not self._stacks.fit(self.param_groups, self.state):
             self._stacks = Stacks(self.modules, self._others(), self.param_groups, self.state, self.config)
         return self._stacks
 
