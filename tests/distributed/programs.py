@@ -253,6 +253,24 @@ def differ_after_a_write(kind: str) -> list[str]:
     return messages
 
 
+def eight_bits_that_differ() -> list[str]:
+    """Messages before and after one process's 8-bit moment is written to."""
+    config = MoLFConfig(expert_ranks=(4,), moments_8bit=True)
+    model = nn.Sequential(nn.Linear(64, 64))
+    model, optimizer = start(model, config, "ddp")
+    moment = optimizer.state[optimizer._parameter(optimizer.modules[0].slots[0])]["exp_avg"]
+    messages = []
+    for _ in range(2):
+        try:
+            optimizer.compare_replicas()
+            messages.append("")
+        except RuntimeError as error:
+            messages.append(str(error))
+        if dist.get_rank() == 1:
+            moment.copy_(torch.ones(64, 64))
+    return [type(moment).__name__, *messages]
+
+
 def refusals() -> list[str]:
     """What is refused, in the order of the test that reads them."""
     world = dist.get_world_size()
