@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from peft import get_peft_model
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_model_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -150,7 +150,11 @@ def load_and_go_on(folder: str, fields: dict[str, Any], steps: tuple[int, int], 
     model, optimizer = start(untrained, config, way)
     saved = checkpoint(model, optimizer)
     dcp.load(saved, checkpoint_id=folder)
-    set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])
+    if sum(not group["params"] for group in optimizer.param_groups) > 1:  # which set_state_dict does not take
+        set_model_state_dict(model, saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+    else:
+        set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])
     return go_on(model, optimizer, steps)
 
 
