@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from peft import get_peft_model
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_model_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -150,7 +150,11 @@ def load_and_go_on(folder: str, fields: dict[str, Any], steps: tuple[int, int], 
     model, optimizer = start(untrained, config, way)
     saved = checkpoint(model, optimizer)
     dcp.load(saved, checkpoint_id=folder)
-    set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])
+    if sum(not group["params"] for group in optimizer.param_groups) > 1:  # which set_state_dict does not take
+        set_model_state_dict(model, saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+    else:
+        set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])
     return go_on(model, optimizer, steps)
 
 
@@ -251,6 +255,24 @@ def differ_after_a_write(kind: str) -> list[str]:
         except RuntimeError as error:
             messages.append(str(error))
     return messages
+
+
+def eight_bits_that_differ() -> list[str]:
+    """Messages before and after one process's 8-bit moment is written to."""
+    config = MoLFConfig(expert_ranks=(4,), moments_8bit=True)
+    model = nn.Sequential(nn.Linear(64, 64))
+    model, optimizer = start(model, config, "ddp")
+    moment = optimizer.state[optimizer._parameter(optimizer.modules[0].slots[0])]["exp_avg"]
+    messages = []
+    for _ in range(2):
+        try:
+            optimizer.compare_replicas()
+            messages.append("")
+        except RuntimeError as error:
+            messages.append(str(error))
+        if dist.get_rank() == 1:
+            moment.copy_(torch.ones(64, 64))
+    return [type(moment).__name__, *messages]
 
 
 def refusals() -> list[str]:

@@ -10,13 +10,14 @@ CASES = {
     "molf": {"expert_ranks": (4,), "lora_alpha": 4.0, "lr": 1e-3, "lora_lr": 1e-3},
     "molf-e": {"expert_ranks": (2, 5), "train_base": False, "lora_lr": 3e-3},
 }
+SEVERAL = {"several": {**CASES["molf"], "expert_ranks": (4, 3), "lora_alpha": (4.0, 6.0)}}
 
 
 def _goes_on(tmp_path, case, before, after, asynchronous=False):
     """Train and save on ``before``, load and go on with ``after``: (kind, world)."""
-    folder = str(tmp_path / "saved")
-    old = run(tmp_path / "a", before[1], begin_and_save, folder, CASES[case], STEPS, before[0], asynchronous)[0]
-    new = run(tmp_path / "b", after[1], load_and_go_on, folder, CASES[case], STEPS, after[0])
+    folder, fields = str(tmp_path / "saved"), (CASES | SEVERAL)[case]
+    old = run(tmp_path / "a", before[1], begin_and_save, folder, fields, STEPS, before[0], asynchronous)[0]
+    new = run(tmp_path / "b", after[1], load_and_go_on, folder, fields, STEPS, after[0])
     for rank in new:
         assert rank["winners"] == old["winners"]
         assert rank["losses"] == pytest.approx(old["losses"], rel=1e-5)
@@ -35,6 +36,11 @@ def test_saved_sharded(tmp_path, case, after):
 
 def test_saved_by_one_process(tmp_path):
     _goes_on(tmp_path, "molf", ("one", 1), ("fsdp2", 2))
+
+
+def test_several_virtual_experts(tmp_path):
+    """Their groups have no parameters, and torch's ``set_state_dict`` takes one such group at most."""
+    _goes_on(tmp_path, "several", ("fsdp2", 2), ("fsdp2", 2))
 
 
 def test_saved_while_training_goes_on(tmp_path):

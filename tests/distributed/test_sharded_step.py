@@ -3,7 +3,14 @@
 import pytest
 import torch
 from processes import run
-from programs import collectives_of_a_step, differ_after_a_write, mixed_precision, refusals, with_seeds_of_their_own
+from programs import (
+    collectives_of_a_step,
+    differ_after_a_write,
+    eight_bits_that_differ,
+    mixed_precision,
+    refusals,
+    with_seeds_of_their_own,
+)
 
 MOLF = {"expert_ranks": (4, 3)}
 EFFICIENT = {"expert_ranks": (4, 3), "train_base": False}
@@ -54,6 +61,13 @@ def test_processes_that_differ_stop(tmp_path, kind):
             assert name in message
             assert "differs between processes" in message
             assert "model.layers.0.self_attn.o_proj.weight" in message
+
+
+def test_moments_in_8_bits_are_compared(tmp_path):
+    pytest.importorskip("torchao")
+    for kind, same, differs in run(tmp_path, 2, eight_bits_that_differ):
+        assert (kind, same) == ("OptimState8bit", "")
+        assert "0.weight (exp_avg) differs between processes" in differs
 
 
 def test_what_is_refused(tmp_path):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import MoLFConfig
+from .quantized import as_float
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -101,8 +102,9 @@ def compare_replicas(named: Sequence[tuple[str, Any]]) -> None:
             groups = [mesh.get_group(i) for i, each in enumerate(tensor.placements) if each.is_replicate()]
         for group in groups:
             replicated.setdefault(group, []).append((name, local(tensor)))
+    device = local(named[0][1]).device  # the weights': step counts are on the CPU, whose tensors NCCL does not take
     for group, held in replicated.items():
-        sums = torch.stack([_bits(tensor).sum().to(held[0][1].device) for _, tensor in held])
+        sums = torch.stack([_bits(as_float(tensor)).sum().to(device) for _, tensor in held])
         least = torch.stack([sums, -sums])
         distributed.all_reduce(least, distributed.ReduceOp.MIN, group=group)
         differ = [name for (name, _), low, high in zip(held, *least.tolist(), strict=True) if low != -high]

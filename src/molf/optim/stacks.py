@@ -163,9 +163,12 @@ class Stacks:
         self._single_others: dict[str, OtherStack] = {}
         self._fingerprint = self._tensors()
 
-    def fit(self) -> bool:
-        """Whether the optimizer still holds the tensors that these stacks are of."""
-        return self._fingerprint == self._tensors()
+    def fit(self, groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, dict[str, Tensor]]) -> bool:
+        """Whether the optimizer still holds the groups, whose rates are read, and the tensors that these stacks are of.
+
+        ``load_state_dict`` of torch replaces the groups.
+        """
+        return groups is self._groups and state is self._state and self._fingerprint == self._tensors()
 
     def of(self, active: Sequence[RoutedModule], others: Sequence[Unrouted]) -> tuple[list[Stack], list[OtherStack]]:
         """What takes part in a step: whole stacks, and one by one what is left of a stack or has made other steps."""
@@ -313,7 +316,7 @@ def _is_special(tensor: Tensor) -> bool:
 
 
 def _joined(stack: Tensor, by_row: bool) -> Tensor:
-    return stack.flatten(0, 1) if by_row else stack.flatten(1)
+    return stack.flatten(0, 1) if by_row else stack.view(len(stack), -1)  # numbers without a dimension, too
 
 
 def _shared(states: Sequence[dict[str, Tensor]], name: str, by_row: bool, turned: bool) -> Tensor:

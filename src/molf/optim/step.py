@@ -59,7 +59,7 @@ class MoLFStep(MoLFState):
 
     def stacks(self) -> Stacks:
         """The modules as a step works on them; made anew when someone has replaced a tensor of the optimizer."""
-        if self._stacks is None or not self._stacks.fit():
+        if self._stacks is None or not self._stacks.fit(self.param_groups, self.state):
             self._stacks = Stacks(self.modules, self._others(), self.param_groups, self.state, self.config)
         return self._stacks
 
@@ -274,20 +274,9 @@ class MoLFStep(MoLFState):
         for parameter in stack.parameters if values else ():
             if id(parameter) in values and not (virtual_experts and parameter.dim() == 2):
                 self._write(parameter, values)
-        if stack.weights is None or not virtual_experts:
-            return
-        if len(stack) == 1:
-            self._write_weight(stack.modules[0], values)
-            return
-        weights, bases = stack.weights.parameters, stack.weights.precise({})
-        own = [k for k in range(len(stack)) if not virtual.shares_storage(bases[k], weights[k])]
-        if own:
-            A, Bt = stack.virtual_pair()
-            if len(own) < len(stack):
-                A, Bt = A[own], Bt[own]
-            base = torch.stack([bases[k] for k in own])
-            stored = virtual.superpose(base, A, Bt.mT, self._scales(A), stack.modules[0].transposed)
-            torch._foreach_copy_([weights[k] for k in own], list(stored.unbind()))
+        # one by one: a product of several modules at once rounds otherwise than ``sync_weights``, so than a resume
+        for module in stack.modules if virtual_experts else ():
+            self._write_weight(module, values)
 
     def _step_others(self, others: Sequence[OtherStack], grads: Sequence[Tensor], check: GradientCheck) -> None:
         """AdamW for what is not routed."""

@@ -80,11 +80,10 @@ def superpose(
     sign: int = 1,
     out: Tensor | None = None,
 ) -> Tensor:
-    """``base`` ± Σ s_i B_i A_i, laid out like the weight; of one layer, or of several, all with one more dimension."""
+    """``base`` ± Σ s_i B_i A_i, laid out like the weight, of one layer."""
     alpha, B = scaled(B, scales)
-    product = torch.addmm if base.dim() == 2 else torch.baddbmm
     pair = (A.mT, B.mT) if transposed else (B, A)
-    return product(base, *pair, alpha=sign * alpha, out=out)
+    return torch.addmm(base, *pair, alpha=sign * alpha, out=out)
 
 
 def round_stochastically(value: Tensor, store: Tensor) -> None:
