@@ -20,7 +20,8 @@ from molf.tasks import TASKS
 from molf.train.arguments import MethodArguments, TrainArguments
 from molf.train.methods import METHODS
 
-pytestmark = pytest.mark.filterwarnings("ignore:.* will be removed in v2.0.0:FutureWarning")  # TRL's, of its options
+# TRL's and transformers', of options that will have other names
+pytestmark = pytest.mark.filterwarnings("ignore:.* will be removed in v[0-9.]+:FutureWarning")
 
 OWN = [field.name for field in dataclasses.fields(MethodArguments)]
 # deepspeed and parallelism change the process; log levels are its own; full_determinism sets variables for good

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -9,7 +10,12 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from peft import get_peft_model
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_model_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -156,6 +162,24 @@ def load_and_go_on(folder: str, fields: dict[str, Any], steps: tuple[int, int], 
     else:
         set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])
     return go_on(model, optimizer, steps)
+
+
+def gathered_and_loaded(fields: dict[str, Any], steps: tuple[int, int], way: str) -> tuple[Any, Any]:
+    """Train, take the whole state, load it into a new optimizer; both go on."""
+    config, runs = MoLFConfig(**fields), []
+    model, optimizer = start(make_model("gemma3", config), config, way)
+    for step in range(steps[0]):
+        train_step(model, optimizer, step)
+    for group in optimizer.param_groups:
+        group["lr"] *= 0.5
+    weights, state = get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    weights, state = copy.deepcopy((weights, state))
+    runs.append(go_on(model, optimizer, steps))
+    model, optimizer = start(make_model("gemma3", config), config, way)
+    options = StateDictOptions(full_state_dict=True)
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state, options=options)
+    runs.append(go_on(model, optimizer, steps))
+    return runs[0], runs[1]
 
 
 def go_on(model: nn.Module, optimizer: MoLFAdamW, steps: tuple[int, int]) -> dict[str, Any]:

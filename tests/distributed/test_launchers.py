@@ -70,7 +70,7 @@ def test_a_killed_process_ends_the_others_and_leaves_a_whole_checkpoint(tmp_path
     assert "Signal 9 (SIGKILL)" in said
     assert len(re.findall("^molf: error: another process of this run has ended", said, re.MULTILINE)) <= 1
     assert said.count("molf: error") <= 1
-    assert not re.search(r'File ".*/molf/(?!__main__)', said), said
+    assert not re.search(r'File ".*/src/molf/(?!__main__)', said), said
     checkpoint = last_checkpoint(out)
     assert checkpoint is not None
     assert progress(Path(checkpoint))[0] >= 4

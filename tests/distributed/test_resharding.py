@@ -3,7 +3,7 @@
 import pytest
 import torch
 from processes import run
-from programs import begin_and_save, load_and_go_on
+from programs import begin_and_save, gathered_and_loaded, load_and_go_on
 
 STEPS = (6, 12)
 CASES = {
@@ -41,6 +41,14 @@ def test_saved_by_one_process(tmp_path):
 def test_several_virtual_experts(tmp_path):
     """Their groups have no parameters, and torch's ``set_state_dict`` takes one such group at most."""
     _goes_on(tmp_path, "several", ("fsdp2", 2), ("fsdp2", 2))
+
+
+def test_a_whole_state_on_the_cpu(tmp_path):
+    """What ``full_state_dict`` and ``cpu_offload`` flatten on their way: tuples, and lists that are empty."""
+    before, after = run(tmp_path, 1, gathered_and_loaded, CASES["molf"], STEPS, "one")[0]
+    assert before["winners"] == after["winners"]
+    for name, weight in before["weights"].items():
+        assert torch.equal(weight, after["weights"][name]), name
 
 
 def test_saved_while_training_goes_on(tmp_path):

@@ -21,7 +21,12 @@ def with_bare_groups(state_dict: dict[str, Any]) -> dict[str, Any]:
     bare: dict[str, Any] = next(
         (group.pop("without_parameters") for group in groups if "without_parameters" in group), {}
     )
-    groups = [{**bare.get(str(i), {}), **group} for i, group in enumerate(groups)]
+    groups = [{**group, **bare.get(str(i), {})} for i, group in enumerate(groups)]
+    for group in groups:  # where torch flattens and unflattens a state, tuples become lists and empty lists are lost
+        if not group.get("params"):
+            group.setdefault("param_names", [])
+        listed = {key: value for key, value in group.items() if isinstance(value, list)}
+        group |= {key: tuple(value) for key, value in listed.items() if key not in ("params", "param_names")}
     return {**state_dict, "param_groups": groups}
 
 
