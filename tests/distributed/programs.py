@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
     set_model_state_dict,
+    set_optimizer_state_dict,
     set_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
@@ -165,7 +166,7 @@ def load_and_go_on(folder: str, fields: dict[str, Any], steps: tuple[int, int], 
 
 
 def gathered_and_loaded(fields: dict[str, Any], steps: tuple[int, int], way: str) -> tuple[Any, Any]:
-    """Train, take the whole state, load it into a new optimizer; both go on."""
+    """Train, gather the whole state on the first process, load it from there into a new optimizer; both go on."""
     config, runs = MoLFConfig(**fields), []
     model, optimizer = start(make_model("gemma3", config), config, way)
     for step in range(steps[0]):
@@ -176,8 +177,9 @@ def gathered_and_loaded(fields: dict[str, Any], steps: tuple[int, int], way: str
     weights, state = copy.deepcopy((weights, state))
     runs.append(go_on(model, optimizer, steps))
     model, optimizer = start(make_model("gemma3", config), config, way)
-    options = StateDictOptions(full_state_dict=True)
-    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state, options=options)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.get_world_size() > 1)
+    set_model_state_dict(model, weights, options=options)  # set_state_dict hangs: the others' weights are empty
+    set_optimizer_state_dict(model, optimizer, state, options=options)
     runs.append(go_on(model, optimizer, steps))
     return runs[0], runs[1]
 

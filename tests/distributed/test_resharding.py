@@ -43,12 +43,13 @@ def test_several_virtual_experts(tmp_path):
     _goes_on(tmp_path, "several", ("fsdp2", 2), ("fsdp2", 2))
 
 
-def test_a_whole_state_on_the_cpu(tmp_path):
+@pytest.mark.parametrize("way", [("one", 1), ("fsdp2", 2)])
+def test_a_whole_state_of_the_first_process(tmp_path, way):
     """What ``full_state_dict`` and ``cpu_offload`` flatten on their way: tuples, and lists that are empty."""
-    before, after = run(tmp_path, 1, gathered_and_loaded, CASES["molf"], STEPS, "one")[0]
-    assert before["winners"] == after["winners"]
-    for name, weight in before["weights"].items():
-        assert torch.equal(weight, after["weights"][name]), name
+    for before, after in run(tmp_path, way[1], gathered_and_loaded, CASES["molf"], STEPS, way[0]):
+        assert before["winners"] == after["winners"]
+        for name, weight in before["weights"].items():
+            assert torch.equal(weight, after["weights"][name]), name
 
 
 def test_saved_while_training_goes_on(tmp_path):
