@@ -51,6 +51,21 @@ def test_sharded_is_one_process_and_resumes_exactly(tmp_path: Path, facts: Path,
     assert main(["export", str(two), "--to", "adapter" if file.startswith("adapter") else "merged"]) == 0
 
 
+def test_a_resume_with_several_virtual_experts(tmp_path: Path, facts: Path) -> None:
+    """Their groups have no parameters, of which torch's ``set_optimizer_state_dict`` takes one at most."""
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    several = ["--expert_ranks", "4", "3", *TWO, *SAVED]
+    assert [each["status"] for each in run(tmp_path, 2, command, options("molf", facts, whole, STEPS, *several))] == [
+        0,
+        0,
+    ]
+    halve(whole, again)
+    several += ["--resume_from_checkpoint", "auto"]
+    said = run(tmp_path, 2, command, options("molf", facts, again, STEPS, *several))
+    assert [each["status"] for each in said] == [0, 0], said
+    assert_identical(everything(again), everything(whole))
+
+
 @pytest.mark.parametrize(("method", "task"), [("molf", "world-fact"), ("molf-e", "world-sql")])
 def test_scores_of_a_sharded_model_are_those_of_the_saved_one(tmp_path: Path, facts: Path, method: str, task: str):
     out = tmp_path / "run"

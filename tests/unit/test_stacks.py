@@ -178,3 +178,16 @@ def test_a_step_of_small_layers_makes_as_many_calls_at_any_depth(config):
     written = 4 * 7 if config.policy == "fixed-lora" else 0
     assert counts[1] - counts[0] == Counter({"addmm": written, "mul": written}) + Counter()
     assert not counts[0] - counts[1]
+
+
+def test_a_tensor_in_the_place_of_one_that_is_gone_is_seen():
+    """Python gives the id of a tensor that is gone to the next one."""
+    model = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)])
+    optimizer = create_molf_optimizer(model, MoLFConfig(expert_ranks=(2,)))
+    before, entries = optimizer.stacks(), optimizer.state[model[1].weight]
+    assert optimizer.stacks() is before
+    value = entries["exp_avg"].clone()
+    for _ in range(3):
+        entries["exp_avg"] = None
+        entries["exp_avg"] = value.clone()
+    assert optimizer.stacks() is not before

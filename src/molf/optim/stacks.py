@@ -7,6 +7,7 @@ the number of stacks. A large module is a stack of one, and nothing of it is mov
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -161,14 +162,17 @@ class Stacks:
         self._singles: dict[str, Stack] = {}
         self.others = [self._make_other(group) for group in self._grouped_others()]
         self._single_others: dict[str, OtherStack] = {}
-        self._fingerprint = self._tensors()
+        self._held = self._tensors()
 
     def fit(self, groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, dict[str, Tensor]]) -> bool:
         """Whether the optimizer still holds the groups, whose rates are read, and the tensors that these stacks are of.
 
         ``load_state_dict`` of torch replaces the groups.
         """
-        return groups is self._groups and state is self._state and self._fingerprint == self._tensors()
+        if groups is not self._groups or state is not self._state:
+            return False
+        found = self._tensors()
+        return len(found) == len(self._held) and all(map(operator.is_, found, self._held))
 
     def of(self, active: Sequence[RoutedModule], others: Sequence[Unrouted]) -> tuple[list[Stack], list[OtherStack]]:
         """What takes part in a step: whole stacks, and one by one what is left of a stack or has made other steps."""
@@ -207,11 +211,11 @@ class Stacks:
         else:
             self._steps[moved] += 1
 
-    def _tensors(self) -> list[int]:
-        """Identities of all that a stack refers to; a W comes and goes without harm."""
-        found = [id(parameter) for group in self._groups for parameter in group["params"]]
+    def _tensors(self) -> list[Tensor]:
+        """All that a stack refers to, themselves and not their ids, which are given again; a W comes and goes."""
+        found = [parameter for group in self._groups for parameter in group["params"]]
         for entries in self._state.values():
-            found += [id(tensor) for key, tensor in entries.items() if key != "base"]
+            found += [tensor for key, tensor in entries.items() if key != "base"]
         return found
 
     def _parameter(self, slot: Slot) -> Tensor:

@@ -110,13 +110,17 @@ def train(method: MethodArguments, args: TrainArguments, callbacks: Sequence[Tra
     _save(trainer, adapted, out)
     first = args.process_index == 0
     if spec.routes and first:
-        records = read_routing(out / "routing.jsonl")[1]
-        metrics["expert_share"] = {name: expert_share(records, i) for i, name in enumerate(config.experts)}
+        metrics["expert_share"] = _expert_shares(out, config)
     if task is not None and method.eval_at_end and (first or is_sharded(trainer.model)):
         metrics |= _scores(task, trainer.model, tokenizer, scored, method.method)
     if first:
         write_json(out / "metrics.json", metrics)
     return metrics
+
+
+def _expert_shares(out: Path, config: MoLFConfig) -> dict[str, float]:
+    records = read_routing(out / "routing.jsonl")[1]
+    return {name: expert_share(records, i) for i, name in enumerate(config.experts)}
 
 
 def _resolved(method: MethodArguments, args: TrainArguments) -> tuple[MoLFConfig, dict[str, Any]]:

@@ -182,7 +182,10 @@ def load_optimizer(model: nn.Module, optimizer: Optimizer, folder: Path) -> None
     for key, tensor in tensors.items():
         name, _, key = key.rpartition("/")
         rest["state"][name][key] = tensor
-    set_optimizer_state_dict(model, optimizer, rest)
+    if any(not group["params"] for group in optimizer.param_groups):  # torch's takes one such group at most
+        optimizer.load_state_dict(rest)
+    else:
+        set_optimizer_state_dict(model, optimizer, rest)
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
