@@ -210,10 +210,7 @@ class MoLFStep(MoLFState):
                     self._prepare_base(module, values, bool(moves))
             dense = [k for k, best in enumerate(won) if first and 0 in best]
             for slots, part in zip(_dense_slots(stack), stack.dense, strict=True) if dense else ():
-                winner = None
-                if len(dense) < len(stack):
-                    winner = torch.tensor([[k in dense] for k in range(len(stack))], device=part.exp_avg.device)
-                job = self._job(part, winner, dense, values, written)
+                job = self._job(part, None, dense, values, written)
                 jobs[self._key([self.param_groups[slots[0][0]]], stack.count, job)].append(job)
             if any(lora):
                 self._add_lora_jobs(jobs, stack, lora, values, written)
