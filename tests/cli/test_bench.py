@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from argparse import Namespace
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 from torch.autograd import DeviceType
 
-from molf import MoLFConfig, create_molf_optimizer
+from molf import MoLFAdamW, MoLFConfig, create_molf_optimizer
 from molf.bench.contenders import DEFAULTS, KINDS, Contender, build, default_contenders, lora_wins
 from molf.bench.device import copy_bandwidth, floor_bytes, waits
 from molf.bench.environment import environment
@@ -279,16 +280,20 @@ def test_contenders_have_equal_weights_gradients_and_tokens() -> None:
     assert torch.equal(*tokens)
 
 
-def test_timing_the_matmuls_changes_nothing(monkeypatch) -> None:
-    """Neither the weights nor what the optimizer remembers of them: the next step need not compare contents."""
+def test_the_matmuls_are_timed_where_the_step_makes_them(monkeypatch) -> None:
+    """Within the step, whose time they are part of; and the optimizer is its own again."""
     workload = step_of("molf-lora")
     workload.warm_up(1)
-    weights = [p for p, _ in workload.gradients]
-    before = [p.detach().clone() for p in weights]
-    workload._matmuls(workload.optimizer)
-    assert all(torch.equal(p, q) for p, q in zip(weights, before, strict=True))
-    monkeypatch.setattr(workload.optimizer, "_derived", lambda: pytest.fail("contents were compared"))
-    workload.optimizer._check_written()
+    calls: list[str] = []
+    for name, method in (("gradients", "_gradients"), ("rewrite", "_write_stack")):
+        own = getattr(MoLFAdamW, method)
+        monkeypatch.setattr(
+            MoLFAdamW, method, lambda self, *args, own=own, name=name: (calls.append(name), own(self, *args))[1]
+        )
+    parts = workload.round(2)
+    assert Counter(calls) == {name: 2 * len(workload.optimizer.stacks().all) for name in ("gradients", "rewrite")}
+    assert all(0 < parts[name] < parts["total"] for name in ("gradients", "rewrite", "without_matmuls"))
+    assert not {"_gradients", "_write_stack"} & vars(workload.optimizer).keys()
 
 
 def test_gradients_are_the_mean_of_the_accumulated_batches() -> None:

@@ -81,6 +81,7 @@ def valid_fields(draw: Any) -> dict[str, Any]:
     )
     alpha = st.floats(0.1, 32)
     in_backward = draw(st.sampled_from([False, False, True]))
+    moments_8bit = draw(st.booleans())
     return {
         "expert_ranks": draw(st.sampled_from([tuple, list, lambda r: [np.int64(x) for x in r]]))(ranks),
         "lora_alpha": draw(st.one_of(st.none(), alpha, st.lists(alpha, min_size=len(ranks), max_size=len(ranks)))),
@@ -95,11 +96,11 @@ def valid_fields(draw: Any) -> dict[str, Any]:
         "policy_seed": draw(st.integers()),
         **{name: draw(RATES) for name in ("lr", "lora_lr", "weight_decay", "lora_weight_decay")},
         "betas": draw(st.sampled_from([list, tuple]))(draw(st.tuples(st.floats(0, 0.999), st.floats(0, 0.9999)))),
-        "eps": draw(st.one_of(st.floats(1e-12, 1e-2), st.just(2e-38))),
+        "eps": draw(st.floats(1e-8, 1e-2) if moments_8bit else st.one_of(st.floats(1e-12, 1e-2), st.just(2e-38))),
         "max_grad_norm": None if in_backward else draw(st.one_of(st.none(), st.floats(1e-3, 1e3))),
         "compile": draw(st.sampled_from([False, "auto"])),  # True compiles for seconds; the passes have their own tests
         "keep_base": draw(st.booleans()),
-        "moments_8bit": draw(st.booleans()),
+        "moments_8bit": moments_8bit,
         "step_in_backward": in_backward,
         "train_other": draw(st.sampled_from([None, True, False])),
     }  # fmt: skip

@@ -191,6 +191,7 @@ def test_two_adapters_as_experts_are_refused() -> None:
         ({"lr": -1.0}, "lr=-1.0"),
         ({"lora_lr": float("inf")}, "lora_lr=inf"),
         ({"eps": 0.0}, "eps=0.0"),
+        ({"eps": 1e-9, "moments_8bit": True}, "eps=1e-09: at least 1e-8"),
         ({"betas": (0.9, 1.0)}, "betas"),
         ({"max_grad_norm": 0.0}, "max_grad_norm=0.0"),
         ({"lora_dropout": 1.0}, "lora_dropout=1.0"),

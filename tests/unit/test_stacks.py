@@ -41,19 +41,26 @@ def _train(model, optimizer, steps=range(STEPS)):
 @pytest.mark.parametrize("config", [MOLF, EFFICIENT], ids=["molf", "molf-e"])
 @pytest.mark.parametrize("architecture", ["qwen2", "gpt2"])
 def test_stacked_is_one_by_one(monkeypatch, architecture, config, dtype):
+    """All tensors of several modules gathered, only those of virtual experts, none."""
     runs = []
-    for largest in (stacks.STACK_FROM, 0):
-        monkeypatch.setattr(stacks, "STACK_FROM", largest)
+    for gathered, pairs in ((stacks.STACK_FROM, stacks.PAIR_TO), (0, stacks.PAIR_TO), (0, 0)):
+        monkeypatch.setattr(stacks, "STACK_FROM", gathered)
+        monkeypatch.setattr(stacks, "PAIR_TO", pairs)
         model = _model(config, architecture, dtype)
         optimizer = create_molf_optimizer(model, config)
         runs.append((_train(model, optimizer), dict(model.named_parameters()), optimizer))
-    (together, ours, optimizer), (alone, theirs, _) = runs
-    assert max(len(stack) for stack in optimizer.stacks().all) > 1
-    assert together == alone
-    assert len({names for step in together for names in step.values()}) > 1
-    for name, weight in ours.items():
-        # batched matmuls sum in another order: fp32 rounding, which may flip one bf16 spacing
-        torch.testing.assert_close(weight, theirs[name], rtol=2**-7 if dtype == torch.bfloat16 else 1e-4, atol=2e-6)
+    sizes = [max(len(stack) for stack in optimizer.stacks().all) for *_, optimizer in runs]
+    assert sizes[0] > 1
+    assert (sizes[1] > 1) == config.train_base
+    assert sizes[2] == 1
+    alone, theirs, _ = runs[2]
+    assert len({names for step in alone for names in step.values()}) > 1
+    for winners, ours, _ in runs[:2]:
+        assert winners == alone
+        for name, weight in ours.items():
+            # batched matmuls sum in another order: fp32 rounding, which may flip one bf16 spacing
+            rtol = 2**-7 if dtype == torch.bfloat16 else 1e-4
+            torch.testing.assert_close(weight, theirs[name], rtol=rtol, atol=2e-6)
 
 
 def test_a_module_that_sits_out_a_step_keeps_its_moments_and_its_count():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..optim import MoLFAdamW
 from .contenders import Contender, build, lora_wins
-from .device import clock, device_syncs, floor_bytes
+from .device import calls_timed, clock, device_syncs, floor_bytes
 from .presets import Settings
 
 
@@ -97,9 +97,8 @@ class TrainStep(Workload):
 class OptimizerStep(Workload):
     """``optimizer.step()`` alone, on gradients ~ N(0, 1e-3) that stay the same.
 
-    Where the experts are virtual, their matmuls are timed on their own in the same round, by the optimizer's own
-    functions on its own tensors: "gradients" of A and B, and the "rewrite" of every P that differs from its W.
-    "without_matmuls" is what is left of the step.
+    Where the experts are virtual, their matmuls are timed where the step makes them: "gradients" of A and B, and the
+    "rewrite" of every P that differs from its W. "without_matmuls" is what is left of the step.
     """
 
     def __init__(self, contender: Contender, settings: Settings) -> None:
@@ -111,15 +110,18 @@ class OptimizerStep(Workload):
     def round(self, steps: int) -> dict[str, float]:
         """Milliseconds per step, and of its matmuls."""
         self._give_gradients()
-        start = clock(self.settings.device)
-        for _ in range(steps):
-            self.optimizer.step()
-        total = 1e3 * (clock(self.settings.device) - start) / steps
-        if not isinstance(self.optimizer, MoLFAdamW) or not any(m.lora_A is None for m in self.optimizer.modules):
+        optimizer, device = self.optimizer, self.settings.device
+        virtual = isinstance(optimizer, MoLFAdamW) and any(module.lora_A is None for module in optimizer.modules)
+        timed = {"gradients": "_gradients", "rewrite": "_write_stack"} if virtual else {}
+        with calls_timed(optimizer, timed, device) as spans:
+            start = clock(device)
+            for _ in range(steps):
+                optimizer.step()
+            total = 1e3 * (clock(device) - start) / steps
+        if not virtual:
             return {"total": total}
-        gradients, rewrite = self._matmuls(self.optimizer)
-        left = total - gradients - rewrite
-        return {"total": total, "gradients": gradients, "rewrite": rewrite, "without_matmuls": left}
+        parts = {name: span() / steps for name, span in spans.items()}
+        return {"total": total, **parts, "without_matmuls": total - sum(parts.values())}
 
     def facts(self) -> dict[str, Any]:
         """Also the bytes that a step has to move, and on a GPU how often it waits for the device."""
@@ -130,17 +132,3 @@ class OptimizerStep(Workload):
     def _give_gradients(self) -> None:
         for parameter, gradient in self.gradients:
             parameter.grad = gradient
-
-    @torch.no_grad()
-    def _matmuls(self, optimizer: MoLFAdamW) -> tuple[float, float]:
-        """Milliseconds of the gradients of all A and B, and of writing all P."""
-        stacks = optimizer.stacks().all
-        start = clock(self.settings.device)
-        for stack in stacks:
-            optimizer._gradients(stack)
-        between = clock(self.settings.device)
-        for stack in stacks:
-            optimizer._write_stack(stack, {})
-        end = clock(self.settings.device)
-        optimizer._remember_written()  # else the next step compares all weights with its state
-        return 1e3 * (between - start), 1e3 * (end - between)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,12 +28,18 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=True, options={"realize_opcount_threshold": 10})
 
 
-def run_compiled(function: Callable[..., Any], jobs: Sequence[Any], shared: Any) -> Any:
-    """``function(jobs, shared)``, compiled. Every size is a symbol of its own: other shapes need no new compilation."""
+def run_compiled(function: Callable[..., Any], calls: Sequence[Sequence[Any]], shared: Any) -> Iterator[list[Any]]:
+    """The results of ``function(jobs, shared)``, compiled, for the jobs of every call.
+
+    Every size is a symbol of its own: other shapes need no new compilation. The numbers, β and ε, are constants of the
+    loops, which would otherwise read and convert them for every vector.
+    """
+    compiled = _compile(function)
     with (
         symbolic.patch(  # type: ignore[attr-defined]
             use_duck_shape=False
         ),
-        torch._dynamo.config.patch(recompile_limit=_VARIANTS),
+        torch._dynamo.config.patch(recompile_limit=_VARIANTS, specialize_float=True),
     ):
-        return _compile(function)(jobs, shared)
+        for jobs in calls:
+            yield compiled(jobs, shared)

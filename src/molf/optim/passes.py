@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adamw import adamw_, track_, unrouted_
+from .adamw import Coefficients, adamw_, track_, unrouted_
 from .quantized import is_quantized
 
 BLOCK = 2**16
@@ -28,7 +28,7 @@ DEVICE_BLOCK = 2**24
 LIST = 8
 """Tensors per call of a compiled function: a call costs as much as some 10,000 elements."""
 
-COMPILE_FROM = 2**15
+COMPILE_FROM = 2**13
 """Tensors with fewer elements are worked on in blocks even where the passes are compiled."""
 
 WORTH_COMPILING = 2**22
@@ -96,9 +96,11 @@ class Passes:
         large = [i for i, job in enumerate(jobs) if self.compiles and _compilable(job)]
         large.sort(key=lambda i: -_size(jobs[i]))  # Inductor decides by the first list whether a loop is parallel
         whole = len(large) - len(large) % LIST
-        for chunk in [*(large[i : i + LIST] for i in range(0, whole, LIST)), *([i] for i in large[whole:])]:
-            found = self._compiled(function, [self._for_compiler(function, jobs[i], by_row) for i in chunk], shared)
-            results |= zip(chunk, found, strict=True) if found else {}
+        calls = [*(large[i : i + LIST] for i in range(0, whole, LIST)), *([i] for i in large[whole:])]
+        found = self._compiled(
+            function, [[self._for_compiler(function, jobs[i], by_row) for i in call] for call in calls], shared
+        )
+        results |= zip(large, found, strict=False)  # those of the calls before one that could not be compiled
         groups: dict[Any, list[int]] = defaultdict(list)
         rest = {i: job if by_row else flat(job) for i, job in enumerate(jobs) if i not in results}
         for i, job in rest.items():
@@ -120,21 +122,23 @@ class Passes:
             self._ones[key] = torch.ones(len(first), 1, dtype=job[1].dtype, device=first.device)
         return (*job[:3], self._ones[key])
 
-    def _compiled(self, function: Pass, jobs: Sequence[Job], shared: Any) -> list[Any] | None:
-        """The compiled pass over jobs; None, and nothing is done, if "auto" finds that it cannot be compiled."""
-        if not self.compiles:
-            return None
+    def _compiled(self, function: Pass, calls: Sequence[Sequence[Job]], shared: Any) -> list[Any]:
+        """The compiled pass, call by call; "auto" stops at one that cannot be compiled, of which nothing is done."""
+        results: list[Any] = []
+        if not calls:
+            return results
         from .compiling import COMPILING_FAILED, run_compiled
 
         try:
-            return run_compiled(function, jobs, shared)
+            for found in run_compiled(function, calls, shared):
+                results += found
         except COMPILING_FAILED as error:
             reason = str(error).strip().split("\n")[0]
             if self.must_compile:
                 raise RuntimeError(f"compile=True, but compiling failed ({reason}): use compile=False") from error
             warnings.warn(f"MoLF's passes run uncompiled, which is slower: {reason}", stacklevel=2)
             self.compiles = False
-            return None
+        return results
 
 
 def flat(job: Job) -> Job:
@@ -164,8 +168,9 @@ def _in_blocks(function: Pass, jobs: Sequence[Job], shared: Any) -> list[Any]:
     block = BLOCK if first.device.type == "cpu" else DEVICE_BLOCK
     if any(t is not None and is_quantized(t) for t in jobs[0]):
         return [function([job], shared)[0] for job in jobs]
-    if first.numel() > block and first.dim() == 1:
-        return [_cut(function, job, shared, block) for job in jobs]
+    by_row = first.dim() == 2 and not (isinstance(shared, Coefficients) and shared.decay.dim() > 0)
+    if first.numel() > block and (first.dim() == 1 or by_row):
+        return [_cut(function, job, shared, max(1, block * len(first) // first.numel())) for job in jobs]
     together = max(1, block // max(1, first.numel()))
     results: list[Any] = []
     for start in range(0, len(jobs), together):
@@ -173,10 +178,13 @@ def _in_blocks(function: Pass, jobs: Sequence[Job], shared: Any) -> list[Any]:
     return results
 
 
-def _cut(function: Pass, job: Job, shared: Any, block: int) -> Any:
-    pieces = zip(*([None] * -(-_size(job) // block) if t is None else t.split(block) for t in job), strict=True)
+def _cut(function: Pass, job: Job, shared: Any, rows: int) -> Any:
+    """A job in pieces of so many rows, or elements."""
+    pieces = zip(*([None] * -(-len(job[0]) // rows) if t is None else t.split(rows) for t in job), strict=True)
     parts = [function([piece], shared)[0] for piece in pieces]
-    return None if parts[0] is None else torch.stack(parts).sum(0)
+    if parts[0] is None:
+        return None
+    return torch.stack(parts).sum(0) if parts[0].dim() == 0 else torch.cat(parts)
 
 
 def _stacked(function: Pass, jobs: Sequence[Job], shared: Any) -> list[Any]:

@@ -1,15 +1,16 @@
 """Routed modules as a step works on them: those of one shape, if they are small, as one.
 
-What a step of small modules costs is calls, not arithmetic. A ``Stack`` is K modules of one shape whose moments and
-virtual experts lie in tensors that they share, the modules' own being views of these, so that the calls of a step go by
-the number of stacks. A large module is a stack of one, and nothing of it is moved.
+What a step of small tensors costs is calls, not arithmetic. A ``Stack`` is K modules of one shape. Their virtual
+experts with these moments, and the moments of weights and biases that are small, lie in tensors that the modules
+share, each module's own being views of them, so that the calls of a step go by the number of stacks. Large weights stay
+as they are.
 """
 
 from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,10 +23,17 @@ from .quantized import is_quantized
 from .sharding import is_distributed, local
 
 STACK_FROM = 2**15
-"""Modules whose weight has this many elements are not stacked: their gradients would be copied for nothing."""
+"""Tensors of the model with this many elements are not gathered: their gradients would be copied for nothing."""
 
-STACK_TO = 2**17
-"""Elements of the weights of a stack at most: what a pass works on stays in the cache."""
+STACK_TO = 2**20
+"""Elements of the weights of a stack at most, if they are gathered: what a pass works on stays in the cache."""
+
+PAIR_TO = 2**20
+"""Elements of the A, and of the B, of a stack of large modules at most."""
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+VIRTUAL = tuple((f"{name}_exp_avg", f"{name}_exp_avg_sq", name) for name in ("lora_A", "lora_B"))
+"""Names in a weight's state of virtual A and B, each after its moments."""
 
 
 class Unrouted(NamedTuple):
@@ -43,6 +51,8 @@ class Part:
     K > 1 tensors (r, c) are (K r, c) if ``by_row``, else (K, r c); a single one keeps its shape.
 
     Attributes:
+        slots: Where the tensors are, or of virtual A and B the layers' weights; none of what is not routed.
+        members: Which modules of the stack these are.
         parameters: The tensors of the model, K of them; of virtual A and B, which are in no model, the layers' weights.
         states: Their states.
         by_row: Whether rows are ranks: A (R, in) and Bᵀ (R, out).
@@ -52,6 +62,8 @@ class Part:
         virtual: The value of all where it is in the state.
     """
 
+    slots: list[Slot]
+    members: range
     parameters: list[Tensor]
     states: list[dict[str, Tensor]]
     by_row: bool
@@ -103,16 +115,16 @@ class Stack:
         modules: The modules.
         parameters: All their parameters.
         positions: Where the step counters of each module's parameters are among all.
-        weights: Their weights; None where these are frozen under an adapter.
-        dense: Weights and biases where they are trained.
-        pair: A and Bᵀ.
+        weights: Their weights, as one part of all or one of each; none where these are frozen under an adapter.
+        dense: The parts of weights, and those of biases, where they are trained.
+        pair: A and Bᵀ, each of all modules.
         count: Number of steps, the present one included.
     """
 
     modules: tuple[RoutedModule, ...]
     parameters: list[Tensor]
     positions: list[list[int]]
-    weights: Part | None
+    weights: list[Part]
     dense: list[Part]
     pair: tuple[Part, Part] | None
     count: float = 0.0
@@ -121,10 +133,9 @@ class Stack:
         return len(self.modules)
 
     def virtual_pair(self) -> tuple[Tensor, Tensor]:
-        """Virtual A (R, in) and Bᵀ (R, out), of several modules with one more dimension in front."""
-        values = [part.virtual for part in self.pair or () if part.virtual is not None]
-        A, B = (each.view(len(self), -1, each.shape[1]) if len(self) > 1 else each for each in values)
-        return A, B
+        """Virtual A (K, R, in) and Bᵀ (K, R, out)."""
+        A, B = (part.virtual for part in self.pair or () if part.virtual is not None)
+        return A.view(len(self), -1, A.shape[1]), B.view(len(self), -1, B.shape[1])
 
 
 class Stacks:
@@ -232,14 +243,10 @@ class Stacks:
         return self._single_others[other.name]
 
     def _grouped(self, modules: Iterable[RoutedModule]) -> list[list[RoutedModule]]:
-        """Modules that are alike and small together, in the order of their first ones."""
-        groups: dict[Any, list[RoutedModule]] = defaultdict(list)
-        sizes: dict[Any, int] = {}
+        """Modules that are alike together, in the order of their first ones."""
+        groups: dict[tuple[int, Any], list[RoutedModule]] = defaultdict(list)
         for module in modules:
-            tensors = [self._parameter(slot) for slot in module.slots]
-            held = [each for tensor in tensors for each in (tensor, *self._state[tensor].values())]
-            size = max(tensor.numel() for tensor in tensors)
-            single = size >= STACK_FROM or not self._config.keep_base or any(map(_is_special, held))
+            tensors, most = [self._parameter(slot) for slot in module.slots], self._most(module)
             kind = (
                 module.transposed,
                 module.scaling,
@@ -247,17 +254,30 @@ class Stacks:
                 *(slot is None for slot in (module.weight, module.bias, module.lora_A, module.lora_B)),
                 *((tensor.shape, tensor.dtype, tensor.device, tuple(self._state[tensor])) for tensor in tensors),
             )
-            key = module.name if single else kind
-            groups[key].append(module)
-            sizes[key] = max(1, STACK_TO // size) if not single else 1
-        return [group[i : i + sizes[key]] for key, group in groups.items() for i in range(0, len(group), sizes[key])]
+            groups[most, kind if most > 1 else module.name].append(module)
+        return [group[i : i + most] for (most, _), group in groups.items() for i in range(0, len(group), most)]
+
+    def _most(self, module: RoutedModule) -> int:
+        """How many modules like this one a stack may have."""
+        tensors = [self._parameter(slot) for slot in module.slots]
+        if not self._config.keep_base or any(map(_is_special, self._with_states(tensors))):
+            return 1
+        largest = max(tensor.numel() for tensor in tensors)
+        if largest < STACK_FROM:
+            return max(1, STACK_TO // largest)
+        pair = [factor.numel() for name, factor in self._state[tensors[0]].items() if name in ("lora_A", "lora_B")]
+        return max(1, PAIR_TO // max(pair)) if pair else 1
+
+    def _with_states(self, tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Tensors and their states."""
+        return (each for tensor in tensors for each in (tensor, *self._state[tensor].values()))
 
     def _grouped_others(self) -> list[list[Unrouted]]:
         """As ``_grouped``, of parameters that are not routed."""
         groups: dict[Any, list[Unrouted]] = defaultdict(list)
         for other in self._others:
             tensor, held = other.parameter, self._state[other.parameter]
-            single = not self._config.keep_base or any(map(_is_special, (tensor, *held.values())))
+            single = not self._config.keep_base or any(map(_is_special, self._with_states([tensor])))
             kind = (id(other.group), tensor.shape, tensor.dtype, tensor.device, tuple(held))
             groups[other.name if single or tensor.numel() >= STACK_FROM else kind].append(other)
         return list(groups.values())
@@ -265,47 +285,50 @@ class Stacks:
     def _make_other(self, others: Sequence[Unrouted]) -> OtherStack:
         parameters = [each.parameter for each in others]
         states = [self._state[each] for each in parameters]
-        moments = (_shared(states, name, False, False) for name in ("exp_avg", "exp_avg_sq"))
+        moments = (_shared(states, name, False, False) for name in MOMENTS)
         positions = [self.position[id(each)] for each in parameters]
-        part = Part(parameters, states, False, False, *moments)
+        part = Part([], range(len(others)), parameters, states, False, False, *moments)
         return OtherStack(others[0].group, [each.name for each in others], positions, part)
 
     def _make(self, modules: Sequence[RoutedModule]) -> Stack:
         """A stack; of several modules, their moments and virtual experts become views of tensors that they share."""
-        first, config = modules[0], self._config
-        weights = pair = None
+        first, trained = modules[0], self._config.train_base
+        weights, dense, pair = [], [], None
         if first.weight is not None:
-            weights = self._part([m.weight for m in modules], ("exp_avg", "exp_avg_sq") if config.train_base else ())
-        dense = [weights] if weights is not None and config.train_base else []
-        if dense and first.bias is not None:
-            dense.append(self._part([m.bias for m in modules]))
+            weights = self._parts([m.weight for m in modules], MOMENTS if trained else ())
+        if trained and first.weight is not None:
+            biases = [m.bias for m in modules if m.bias is not None]
+            dense = [*weights, *(self._parts(biases, MOMENTS) if biases else ())]
         if first.lora_A is not None:
-            pair = (
-                self._part([m.lora_A for m in modules], by_row=True),
-                self._part([m.lora_B for m in modules], by_row=True, turned=True),
-            )
-        elif config.expert_ranks:
-            names = [
-                ("lora_A_exp_avg", "lora_A_exp_avg_sq", "lora_A"),
-                ("lora_B_exp_avg", "lora_B_exp_avg_sq", "lora_B"),
-            ]
-            slots = [m.weight for m in modules]
-            pair = self._part(slots, names[0], by_row=True), self._part(slots, names[1], by_row=True, turned=True)
+            slots_A, slots_B = ([getattr(m, name) for m in modules] for name in ("lora_A", "lora_B"))
+            pair = self._part(slots_A, MOMENTS, by_row=True), self._part(slots_B, MOMENTS, by_row=True, turned=True)
+        elif self._config.expert_ranks:
+            slots, (A, B) = [m.weight for m in modules], VIRTUAL
+            pair = self._part(slots, A, by_row=True), self._part(slots, B, by_row=True, turned=True)
         parameters = [self._parameter(slot) for module in modules for slot in module.slots]
         positions = [[self.position[id(self._parameter(slot))] for slot in m.slots] for m in modules]
         return Stack(tuple(modules), parameters, positions, weights, dense, pair)
 
+    def _parts(self, slots: Sequence[Slot | None], names: Sequence[str]) -> list[Part]:
+        """One part of all tensors if they are small, else one of each."""
+        listed = [slot for slot in slots if slot is not None]
+        if self._parameter(listed[0]).numel() < STACK_FROM:
+            return [self._part(listed, names)]
+        return [self._part([slot], names, first=i) for i, slot in enumerate(listed)]
+
     def _part(
         self,
         slots: Sequence[Slot | None],
-        names: Sequence[str] = ("exp_avg", "exp_avg_sq"),
+        names: Sequence[str],
         by_row: bool = False,
         turned: bool = False,
+        first: int = 0,
     ) -> Part:
-        parameters = [self._parameter(slot) for slot in slots if slot is not None]
+        listed = [slot for slot in slots if slot is not None]
+        parameters = [self._parameter(slot) for slot in listed]
         states = [self._state[each] for each in parameters]
         tensors = [_shared(states, name, by_row, turned) for name in names] or [torch.empty(0)] * 2
-        return Part(parameters, states, by_row, turned, *tensors)
+        return Part(listed, range(first, first + len(listed)), parameters, states, by_row, turned, *tensors)
 
 
 def gradient(parameter: Tensor) -> Tensor:

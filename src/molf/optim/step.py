@@ -106,23 +106,25 @@ class MoLFStep(MoLFState):
 
     def _gradients(self, stack: Stack) -> Gradients:
         """Gradients of W and b, and of A and Bᵀ: the adapters', or from G = dL/dP as in identity (a)."""
-        G = stack.weights.gradient() if stack.weights is not None else None
-        dense = [G, *(part.gradient() for part in stack.dense[1:])] if stack.dense and G is not None else []
+        weights = [part.gradient() for part in stack.weights]
+        dense = [*weights, *(part.gradient() for part in stack.dense[len(weights) :])] if stack.dense else []
         if stack.pair is None:
             return Gradients(dense, [])
-        A, B = stack.pair
         first = stack.modules[0]
         if first.lora_A is not None:
+            A, B = stack.pair
             folds = self._per_rank(first.folds(self.config.scales), A.exp_avg).repeat(len(stack))[:, None]
             return Gradients(dense, [A.gradient(), B.gradient() * folds])
-        if stack.weights is None or G is None:
+        if not weights:
             raise RuntimeError(f"{first.name} has virtual experts without a weight")
-        values, several = stack.virtual_pair(), len(stack) > 1
-        if several:
-            G = G.view(len(stack), *stack.weights.parameters[0].shape)
-        G = G.to(values[0].dtype)
-        found = virtual.gradients(G.mT if first.transposed else G, *values, self._scales(values[0]))
-        return Gradients(dense, [each.flatten(0, 1) if several else each for each in found])
+        values = stack.virtual_pair()
+        found = torch.empty_like(values[0]), torch.empty_like(values[1])
+        for part, G in zip(stack.weights, weights, strict=True):
+            several = len(part.members) > 1
+            G = (G.view(len(stack), *part.parameters[0].shape) if several else G).to(values[0].dtype)
+            own = [each if several else each[part.members.start] for each in (*values, *found)]
+            virtual.gradients(G.mT if first.transposed else G, own[0], own[1], self._scales(own[0]), (own[2], own[3]))
+        return Gradients(dense, [each.flatten(0, 1) for each in found])
 
     def _track(self, stacks: Sequence[Stack], grads: Sequence[Gradients], check: GradientCheck) -> Tensor:
         """Universal momentum tracking; returns what the scores sum over each expert's elements, (M, E)."""
@@ -133,9 +135,9 @@ class MoLFStep(MoLFState):
                 for stack, each in zip(stacks, grads, strict=True)
                 for g, part in zip(each.dense, stack.dense, strict=True)
             ]
-            rows = [len(stack) for stack in stacks for _ in stack.dense]
+            rows = [len(part.members) for stack in stacks for part in stack.dense]
             found = iter(self._run_tracking("dense", jobs, rows, check))
-            columns.append(join([_total([next(found) for _ in stack.dense], len(stack)) for stack in stacks])[:, None])
+            columns.append(join([_total([next(found) for _ in stack.dense], stack) for stack in stacks])[:, None])
         if self.config.expert_ranks:
             jobs = [
                 (g, part.exp_avg, part.exp_avg_sq, None)
@@ -208,10 +210,11 @@ class MoLFStep(MoLFState):
             if self._is_virtual(stack.modules[0]):
                 for module, moves in zip(stack.modules, lora, strict=True):
                     self._prepare_base(module, values, bool(moves))
-            dense = [k for k, best in enumerate(won) if first and 0 in best]
-            for slots, part in zip(_dense_slots(stack), stack.dense, strict=True) if dense else ():
-                job = self._job(part, None, dense, values, written)
-                jobs[self._key([self.param_groups[slots[0][0]]], stack.count, job)].append(job)
+            for part in stack.dense:
+                moving = [i for i, k in enumerate(part.members) if 0 in won[k]]
+                if moving:
+                    job = self._job(part, None, moving, values, written)
+                    jobs[self._key([self.param_groups[part.slots[0][0]]], stack.count, job)].append(job)
             if any(lora):
                 self._add_lora_jobs(jobs, stack, lora, values, written)
         for key, listed in jobs.items():
@@ -267,7 +270,7 @@ class MoLFStep(MoLFState):
 
     def _write_stack(self, stack: Stack, values: Mapping[int, Tensor]) -> None:
         """Let the weights of these modules follow: P = W + Σ s_i B_i A_i, accumulated and rounded once."""
-        virtual_experts = stack.weights is not None and self._is_virtual(stack.modules[0])
+        virtual_experts = bool(stack.weights) and self._is_virtual(stack.modules[0])
         for parameter in stack.parameters if values else ():
             if id(parameter) in values and not (virtual_experts and parameter.dim() == 2):
                 self._write(parameter, values)
@@ -301,7 +304,7 @@ class MoLFStep(MoLFState):
         ranks: slice = slice(None),
         times: int = 1,
     ) -> tuple[Any, ...]:
-        """Key of the coefficients of these groups at step n: scalars, or of these ranks for LoRA experts' groups.
+        """Key of the coefficients of these groups at step n: scalars, or one per rank where LoRA experts' differ.
 
         Jobs of one key are alike in what varies along their rows; ranks of ``times`` modules follow each other.
         """
@@ -309,9 +312,9 @@ class MoLFStep(MoLFState):
         key = (ids, n, folds, ranks.start, ranks.stop, times, value.dtype, value.device)
         if key not in self._coefficients:
             decays, sizes, root = step_numbers(groups, n, folds)
-            lora = groups[0]["expert"] in self._lora_experts
+            alike = all(len(set(x)) == 1 for x in (decays, sizes))
             decay, size = (
-                self._per_rank(x, value)[ranks].repeat(times)[:, None] if lora else value.new_tensor(x[0])
+                value.new_tensor(x[0]) if alike else self._per_rank(x, value)[ranks].repeat(times)[:, None]
                 for x in (decays, sizes)
             )
             self._coefficients[key] = Coefficients(
@@ -341,8 +344,8 @@ class MoLFStep(MoLFState):
         partial: list[tuple[str, int, int]] = []
         for i, (stack, own) in enumerate(zip(stacks, grads, strict=True)):
             seen_in_B = bool(own.pair) and stack.modules[0].lora_A is None and limit is None
-            for slots, grad in list(zip(_dense_slots(stack), own.dense, strict=True))[int(seen_in_B) :]:
-                found.append(([self._name(slot) for slot in slots], grad))
+            looked_at = list(zip(stack.dense, own.dense, strict=True))[len(stack.weights) if seen_in_B else 0 :]
+            found += [([self._name(slot) for slot in part.slots], grad) for part, grad in looked_at]
             names, factor = [module.name for module in stack.modules], self._partial_factor(stack.modules[0])
             found += [(names, grad) for j, grad in enumerate(own.pair) if j != factor]
             partial += [] if factor is None or not own.pair else [(names[0], i, factor)]
@@ -370,16 +373,11 @@ class MoLFStep(MoLFState):
         return self.param_groups[slot[0]]["param_names"][slot[1]]
 
 
-def _dense_slots(stack: Stack) -> list[list[Slot]]:
-    """Slots of all weights, and of all biases, where they are trained."""
-    return [list(slots) for slots in zip(*(m.dense_slots[: len(stack.dense)] for m in stack.modules), strict=True)]
-
-
-def _total(sums: Sequence[Tensor], modules: int) -> Tensor:
-    """Sums of weight and bias together, (K,); of one module's they may come per row."""
-    if modules == 1:
-        sums = [each.sum() if each.dim() else each for each in sums]
-    return (sums[0] if len(sums) == 1 else sums[0] + sums[1]).reshape(modules)
+def _total(sums: Sequence[Tensor], stack: Stack) -> Tensor:
+    """Sums of weight and bias together, (K,), from those of the parts; of one module's they may come per row."""
+    parts = zip(sums, stack.dense, strict=True)
+    each = [(found if len(part.members) > 1 else found.sum()).reshape(-1) for found, part in parts]
+    return join(each).view(-1, len(stack)).sum(0)
 
 
 def _by_place(jobs: Sequence[Any], rows: Sequence[int]) -> dict[tuple[torch.device, torch.dtype, bool], list[int]]:

@@ -54,7 +54,9 @@ def scaled(factor: Tensor, scales: float | Tensor) -> tuple[float, Tensor]:
     return (1.0, factor * scales) if isinstance(scales, Tensor) else (scales, factor)
 
 
-def gradients(G: Tensor, A: Tensor, Bt: Tensor, scales: float | Tensor) -> tuple[Tensor, Tensor]:
+def gradients(
+    G: Tensor, A: Tensor, Bt: Tensor, scales: float | Tensor, out: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """dL/dA_i = s_i B_iᵀ G (R, in), and the transpose of dL/dB_i = s_i G A_iᵀ, (R, out), from G = dL/dP (out, in).
 
     Of one layer, or of several of the same shape at once, all with one more dimension.
@@ -64,11 +66,19 @@ def gradients(G: Tensor, A: Tensor, Bt: Tensor, scales: float | Tensor) -> tuple
         A: (R, in).
         Bt: Bᵀ, (R, out).
         scales: One s, or s_i over the ranks, (R,).
+        out: Where to write them, or None.
     """
+    to_A, to_B = out or (None, None)
     if isinstance(scales, Tensor):
-        return (Bt @ G).mul_(scales[:, None]), (A @ G.mT).mul_(scales[:, None])
+        return (
+            torch.matmul(Bt, G, out=to_A).mul_(scales[:, None]),
+            torch.matmul(A, G.mT, out=to_B).mul_(scales[:, None]),
+        )
     nothing, product = G.new_zeros((1,) * G.dim()), torch.addmm if G.dim() == 2 else torch.baddbmm
-    return product(nothing, Bt, G, beta=0, alpha=scales), product(nothing, A, G.mT, beta=0, alpha=scales)
+    return (
+        product(nothing, Bt, G, beta=0, alpha=scales, out=to_A),
+        product(nothing, A, G.mT, beta=0, alpha=scales, out=to_B),
+    )
 
 
 def superpose(

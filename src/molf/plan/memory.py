@@ -249,7 +249,7 @@ def _of_step(optimizer: Any) -> tuple[int, int]:
     sizes, summed = [], 0
     for stack in optimizer.stacks().all:
         gathered = len(stack) > 1
-        sizes += [_size(part.exp_avg) for part in stack.dense if gathered]
+        sizes += [_size(part.exp_avg) for part in stack.dense if len(part.members) > 1]
         for factor, part in enumerate(stack.pair or ()):
             if gathered or part.virtual is not None or part.turned:  # a real adapter's B is scaled
                 sizes.append(_size(part.exp_avg))
