@@ -211,9 +211,9 @@ def expert_values(optimizer: MoLFAdamW, module: Any) -> list[list[torch.Tensor]]
     values = []
     state = {slot: optimizer.state[optimizer._parameter(slot)] for slot in module.slots}
     masters = {slot: state[slot].get("base", optimizer._parameter(slot)) for slot in module.slots}
-    computed = module.lora_A is None and optimizer.config.expert_ranks and not optimizer.config.keep_base
+    computed = module.lora_A is None and bool(optimizer.config.expert_ranks) and not optimizer.config.keep_base
     if optimizer.config.train_base:  # a W that is computed moves by a rounding
-        dense = module.dense_slots[1:] if computed else module.dense_slots
+        dense = [slot for slot in (module.weight, module.bias) if slot is not None][int(computed) :]
         values.append([masters[slot].detach().clone() for slot in dense])
     if not optimizer.config.expert_ranks:
         return values

@@ -40,11 +40,6 @@ class RoutedModule:
         """Every slot of the module, the weight first where it has one."""
         return [slot for slot in (self.weight, self.bias, self.lora_A, self.lora_B) if slot is not None]
 
-    @property
-    def dense_slots(self) -> list[Slot]:
-        """Slots of the dense expert: weight and bias."""
-        return [slot for slot in (self.weight, self.bias) if slot is not None]
-
     def folds(self, scales: Sequence[float]) -> tuple[float, ...]:
         """f_i = s_i / c of a real adapter, by which B̃_i = f_i B_i; 1 for virtual experts."""
         return tuple(1.0 if self.lora_A is None else scale / self.scaling for scale in scales)

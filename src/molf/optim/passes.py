@@ -1,13 +1,13 @@
 """Runs the elementwise functions of ``adamw.py`` over many tensors: in cache-sized blocks, or compiled.
 
 In blocks: a large tensor is cut into pieces and small ones of equal shape are stacked, so that no temporary exceeds
-``BLOCK`` elements and the number of calls does not grow with the number of small layers. Compiled: Inductor makes
-one loop over memory of each pass. Lists of ``LIST`` tensors share a call, sizes are symbols, so that five
-functions are compiled at most twice each, whatever the model. Small tensors are never compiled.
+``BLOCK`` elements and the number of calls does not grow with the number of small layers. Compiled, each pass is one
+loop over memory: by the C++ compiler on a CPU (``native.py``), by Inductor on a GPU (``inductor.py``).
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -25,13 +25,7 @@ BLOCK = 2**16
 DEVICE_BLOCK = 2**24
 """Elements of a block on an accelerator, which needs large ones to be busy."""
 
-LIST = 8
-"""Tensors per call of a compiled function: a call costs as much as some 10,000 elements."""
-
-COMPILE_FROM = 2**13
-"""Tensors with fewer elements are worked on in blocks even where the passes are compiled."""
-
-WORTH_COMPILING = 2**22
+WORTH_COMPILING = {"cpu": 2**20, "cuda": 2**22}
 """``compile="auto"`` compiles from this many trained elements on; with fewer, compiling takes longer than it saves."""
 
 Job = tuple[Any, ...]
@@ -73,11 +67,14 @@ class Passes:
     """
 
     def __init__(self, compile: bool | str, work: int, device: torch.device) -> None:
-        self._ones: dict[tuple[Any, ...], Tensor] = {}
+        self._device = device
+        self._compiler: Any = None
         self.must_compile = compile is True
-        self.compiles = compile is True or (
-            compile == "auto" and work >= WORTH_COMPILING and device.type in ("cpu", "cuda")
-        )
+        self.compiles = compile is True or (compile == "auto" and work >= WORTH_COMPILING.get(device.type, math.inf))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the compiler, which is no part of a copy."""
+        return {**vars(self), "_compiler": None}
 
     def run(self, function: Pass, jobs: Sequence[Job], shared: Any, by_row: bool = False) -> list[Any]:
         """``function`` over all jobs; returns its results in their order.
@@ -92,15 +89,7 @@ class Passes:
         Raises:
             RuntimeError: If compiling fails and was asked for.
         """
-        results: dict[int, Any] = {}
-        large = [i for i, job in enumerate(jobs) if self.compiles and _compilable(job)]
-        large.sort(key=lambda i: -_size(jobs[i]))  # Inductor decides by the first list whether a loop is parallel
-        whole = len(large) - len(large) % LIST
-        calls = [*(large[i : i + LIST] for i in range(0, whole, LIST)), *([i] for i in large[whole:])]
-        found = self._compiled(
-            function, [[self._for_compiler(function, jobs[i], by_row) for i in call] for call in calls], shared
-        )
-        results |= zip(large, found, strict=False)  # those of the calls before one that could not be compiled
+        results = self._compiled(function, jobs, shared, by_row) if self.compiles else {}
         groups: dict[Any, list[int]] = defaultdict(list)
         rest = {i: job if by_row else flat(job) for i, job in enumerate(jobs) if i not in results}
         for i, job in rest.items():
@@ -110,35 +99,33 @@ class Passes:
             results |= zip(indices, found, strict=True)
         return [results[i] for i in range(len(jobs))]
 
-    def _for_compiler(self, function: Pass, job: Job, by_row: bool) -> Job:
-        """A job as Inductor makes the fewest loops of it: matrices with ``ones`` where sums are taken, else flat."""
-        first = job[0]
-        if function is not track_all:
-            return job if by_row else flat(job)
-        if first.dim() != 2:
-            return flat(job)
-        key = (len(first), job[1].dtype, first.device)
-        if key not in self._ones:
-            self._ones[key] = torch.ones(len(first), 1, dtype=job[1].dtype, device=first.device)
-        return (*job[:3], self._ones[key])
-
-    def _compiled(self, function: Pass, calls: Sequence[Sequence[Job]], shared: Any) -> list[Any]:
-        """The compiled pass, call by call; "auto" stops at one that cannot be compiled, of which nothing is done."""
-        results: list[Any] = []
-        if not calls:
-            return results
-        from .compiling import COMPILING_FAILED, run_compiled
-
+    def _compiled(self, function: Pass, jobs: Sequence[Job], shared: Any, by_row: bool) -> dict[int, Any]:
+        """Results of the jobs that run compiled, by their numbers; "auto" stops where compiling fails."""
+        compiler, results = self._get_compiler(), {}
+        chosen = {i: job for i, job in enumerate(jobs) if compiler.takes(function, job, shared)}
+        if not chosen:
+            return {}
         try:
-            for found in run_compiled(function, calls, shared):
-                results += found
-        except COMPILING_FAILED as error:
+            for i, result in compiler.run(function, chosen, shared, by_row):
+                results[i] = result
+        except compiler.FAILED as error:
             reason = str(error).strip().split("\n")[0]
             if self.must_compile:
                 raise RuntimeError(f"compile=True, but compiling failed ({reason}): use compile=False") from error
             warnings.warn(f"MoLF's passes run uncompiled, which is slower: {reason}", stacklevel=2)
             self.compiles = False
         return results
+
+    def _get_compiler(self) -> Any:
+        if self._compiler is None and self._device.type == "cpu":
+            from .native import Native
+
+            self._compiler = Native()
+        elif self._compiler is None:
+            from .inductor import Inductor
+
+            self._compiler = Inductor()
+        return self._compiler
 
 
 def flat(job: Job) -> Job:
@@ -150,12 +137,9 @@ def _is_flat(tensor: Tensor | None) -> bool:
     return tensor is None or (tensor.is_contiguous() and not is_quantized(tensor))
 
 
-def _size(job: Job) -> int:
-    return job[0].numel() if job[0] is not None else 0
-
-
-def _compilable(job: Job) -> bool:
-    return _size(job) >= COMPILE_FROM and not any(t is not None and is_quantized(t) for t in job)
+def size_of(job: Job) -> int:
+    """Elements of each of its tensors."""
+    return job[0].numel()
 
 
 def _alike(job: Job) -> tuple[Any, ...]:

@@ -122,7 +122,7 @@ class MoLFState(Optimizer):
             if self._is_virtual(module):
                 if local(self.state[weight]["lora_B"]).any():
                     self._own_base(weight)
-                self._write_weight(module, {})
+                self._write_weight(weight, self.state[weight], module.transposed, {})
             for slot in module.slots[int(self._is_virtual(module)) :]:
                 self._write(self._parameter(slot), {})
         for each in self._others():
@@ -195,25 +195,27 @@ class MoLFState(Optimizer):
         if "base" in state and virtual.shares_storage(state["base"], weight):
             state["base"] = weight.detach().clone()
 
-    def _add_experts(self, module: RoutedModule, base: Tensor, sign: int = 1, out: Tensor | None = None) -> Tensor:
-        """``base`` ± Σ s_i B_i A_i, laid out like the weight."""
-        state = self.state[self._parameter(module.slots[0])]
+    def _add_experts(
+        self, state: Mapping[str, Tensor], base: Tensor, transposed: bool, sign: int = 1, out: Tensor | None = None
+    ) -> Tensor:
+        """``base`` ± Σ s_i B_i A_i, laid out like the weight whose state this is."""
         A, B = local(state["lora_A"]), local(state["lora_B"])
-        return virtual.superpose(base, A, B, self._scales(B), module.transposed, sign, out)
+        return virtual.superpose(base, A, B, self._scales(B), transposed, sign, out)
 
     def _scales(self, like: Tensor) -> float | Tensor:
         """The scale s of the LoRA experts: a number where all have the same, else one per rank, (R,)."""
         scales = self.config.scales
         return scales[0] if len(set(scales)) == 1 else self._per_rank(scales, like)
 
-    def _write_weight(self, module: RoutedModule, values: Mapping[int, Tensor]) -> None:
+    def _write_weight(
+        self, weight: Tensor, state: Mapping[str, Tensor], transposed: bool, values: Mapping[int, Tensor]
+    ) -> None:
         """Let a weight over virtual experts follow: P = W + Σ s_i B_i A_i, accumulated and rounded once."""
-        weight = self._parameter(module.slots[0])
-        base = values.get(id(weight), self.state[weight].get("base", weight))
+        base = values.get(id(weight), state.get("base", weight))
         if base is not weight and not virtual.shares_storage(base, weight):
-            in_place = base.dtype == weight.dtype
-            stored = self._add_experts(module, local(base), out=local(weight) if in_place else None)
-            if not in_place:
+            out = local(weight) if base.dtype == weight.dtype else None
+            stored = self._add_experts(state, local(base), transposed, out=out)
+            if out is None:
                 self._store(weight, stored)
 
     def _write(self, parameter: Tensor, values: Mapping[int, Tensor]) -> None:
@@ -228,14 +230,15 @@ class MoLFState(Optimizer):
         else:
             local(parameter).copy_(value)
 
-    def _prepare_base(self, module: RoutedModule, values: dict[int, Tensor], lora_moves: bool) -> None:
-        """Before an update: W in ``values`` where the state has none, and a W of its own if a LoRA expert will move."""
+    def _prepare_base(self, module: RoutedModule, values: dict[int, Tensor]) -> None:
+        """Before a LoRA expert moves a W of its own; where the state has none, W in ``values`` before any update."""
         weight = self._parameter(module.slots[0])
-        if "base" not in self.state[weight]:
-            dtype = moment_dtype(weight)
-            values[id(weight)] = self._add_experts(module, local(weight.detach()).to(dtype), sign=-1)
-        elif lora_moves:
+        if "base" in self.state[weight]:
             self._own_base(weight)
+        else:
+            dtype = moment_dtype(weight)
+            whole = local(weight.detach()).to(dtype)
+            values[id(weight)] = self._add_experts(self.state[weight], whole, module.transposed, sign=-1)
 
     def _derived(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """The model's tensors that this optimizer rewrites from its state: name, tensor, and what it has to hold."""
@@ -245,11 +248,11 @@ class MoLFState(Optimizer):
                     yield name, local(parameter), local(self.state[parameter]["base"])
         for module in self.modules:
             weight = self._parameter(module.slots[0])
-            base = self.state[weight].get("base")
-            if self._is_virtual(module) and base is not None:
-                shared = virtual.shares_storage(base, weight)
-                held = local(weight)
-                yield module.name, held, held if shared else self._add_experts(module, local(base))
+            state = self.state[weight]
+            if self._is_virtual(module) and "base" in state:
+                shared = virtual.shares_storage(state["base"], weight)
+                held, base = local(weight), local(state["base"])
+                yield module.name, held, held if shared else self._add_experts(state, base, module.transposed)
 
     def _rewritten(self) -> Iterator[Tensor]:
         return (p for group in self.param_groups for p in group["params"] if "base" in self.state[p])

@@ -34,8 +34,8 @@ class Gradients(NamedTuple):
     pair: list[Tensor]
 
 
-Written = tuple[Part, Tensor, Sequence[int]]
-"""A part of several modules, its new value, and which of the modules take it."""
+Written = tuple[Part, Tensor, Sequence[Tensor], Sequence[int]]
+"""A part of several modules, its new value, where the modules keep theirs, and which of them take it."""
 
 
 class MoLFStep(MoLFState):
@@ -209,7 +209,8 @@ class MoLFStep(MoLFState):
             lora = [[index - first for index in best if index >= first] for best in won]
             if self._is_virtual(stack.modules[0]):
                 for module, moves in zip(stack.modules, lora, strict=True):
-                    self._prepare_base(module, values, bool(moves))
+                    if moves or not self.config.keep_base:
+                        self._prepare_base(module, values)
             for part in stack.dense:
                 moving = [i for i, k in enumerate(part.members) if 0 in won[k]]
                 if moving:
@@ -222,8 +223,8 @@ class MoLFStep(MoLFState):
             for masked in (False, True):
                 chosen = [job for job in listed if (job[-1] is not None) == masked]
                 self._passes.run(adamw_all, chosen, c, by_row=masked or c.decay.dim() > 0)
-        for part, joined, which in written:
-            self._write_part(part, joined, which)
+        for each in written:
+            self._write_part(*each)
         for stack in stacks:
             self._write_stack(stack, values)
 
@@ -234,8 +235,9 @@ class MoLFStep(MoLFState):
         if part.virtual is not None:
             return part.virtual, part.exp_avg, part.exp_avg_sq, None, winner
         if len(part.parameters) > 1:
-            value = part.joined(part.precise({}))
-            written.append((part, value, which))
+            held = part.precise({})
+            value = part.joined(held)
+            written.append((part, value, held, which))
             return value, part.exp_avg, part.exp_avg_sq, None, winner
         value, _, _, store = self._trained(part.parameters[0], values)
         if part.turned:
@@ -262,9 +264,9 @@ class MoLFStep(MoLFState):
             job = self._job(part, winner, which, values, written)
             jobs[self._key(groups, stack.count, job, fold, ranks, len(stack))].append(job)
 
-    def _write_part(self, part: Part, joined: Tensor, which: Sequence[int]) -> None:
+    def _write_part(self, part: Part, joined: Tensor, held: Sequence[Tensor], which: Sequence[int]) -> None:
         """Let the tensors of several modules take their new values, and those of the model that follow a master."""
-        part.spread(joined, part.precise({}), which)
+        part.spread(joined, held, which)
         if "base" in part.states[0] and "lora_A" not in part.states[0]:
             part.spread(joined, part.parameters, which)
 
@@ -275,8 +277,9 @@ class MoLFStep(MoLFState):
             if id(parameter) in values and not (virtual_experts and parameter.dim() == 2):
                 self._write(parameter, values)
         # one by one: a product of several modules at once rounds otherwise than ``sync_weights``, so than a resume
-        for module in stack.modules if virtual_experts else ():
-            self._write_weight(module, values)
+        for part in stack.weights if virtual_experts else ():
+            for weight, state in zip(part.parameters, part.states, strict=True):
+                self._write_weight(weight, state, stack.modules[0].transposed, values)
 
     def _step_others(self, others: Sequence[OtherStack], grads: Sequence[Tensor], check: GradientCheck) -> None:
         """AdamW for what is not routed."""
@@ -290,8 +293,8 @@ class MoLFStep(MoLFState):
             c = self._coefficients[key[:-1]]
             clip, _ = check.on(c.decay.device, c.decay.dtype)
             self._passes.run(unrouted_all, listed, (Tracking(key[-1], c.eps, self.config.score_fn, clip), c))
-        for part, joined, which in written:
-            self._write_part(part, joined, which)
+        for each in written:
+            self._write_part(*each)
         for parameter in [each for other in others for each in other.part.parameters] if values else ():
             self._write(parameter, values)
 

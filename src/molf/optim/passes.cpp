@@ -1,0 +1,157 @@
+// The passes of passes.py on a CPU, each as one loop over memory; adamw.py has their mathematics.
+//
+// A job is one matrix of a trained tensor, its moments and its gradient, rows behind each other. All jobs of a call are
+// dealt to the threads in pieces of a row, so that neither many small tensors nor a few large ones leave a thread idle.
+// Sums are added up by piece and row: they do not depend on the number of threads.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+constexpr int64_t PIECE = 4096;  // elements that one thread takes
+constexpr int64_t BLOCK = 64;    // elements of a vectorised loop
+constexpr int64_t LINE = 16;     // floats of a cache line
+constexpr int64_t AHEAD = 256;   // elements from the one in work to the one that is fetched
+
+struct Job {
+  const void* grad;       // fp32 or bf16; null if the moments stay
+  float* m;               // the first moment
+  float* v;               // the second
+  float* value;           // null if it stays
+  uint16_t* store;        // bf16, takes the value rounded; or null
+  const uint8_t* winner;  // per row whether the value moves; null: all do
+  const float* decay;     // 1 - ηλ, one or one per row
+  const float* size;      // -η / (1-β1ⁿ), likewise
+  float* sums;            // what the score sums over each row; or null
+  int64_t rows, columns;
+  int32_t per_row, bf16;  // whether decay and size are, and whether the gradient is
+};
+
+struct Numbers {
+  float lerp;    // 1-β1
+  float beta2;   // β2
+  float square;  // 1-β2
+  float eps;     // ε
+  const float* clip;          // the clipping factor; null: 1
+  const float* inverse_root;  // 1 / √(1-β2ⁿ); null where nothing is updated
+};
+
+struct Constants {
+  float lerp, beta2, square, eps, clip, inverse_root;
+};
+
+enum Kind { EPD, PFN, UPDATE, UNROUTED };
+
+inline float load(const float* grad, int64_t i) { return grad[i]; }
+
+inline float load(const uint16_t* grad, int64_t i) {
+  const uint32_t bits = static_cast<uint32_t>(grad[i]) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+inline uint16_t rounded(float value) {  // to bf16, ties to even
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  if (value != value) return 0x7fc0;
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// One element; returns its term of the score.
+template <Kind kind, class Grad>
+inline float element(const Grad* grad, float* m, float* v, float* value, int64_t i, float decay, float size, Constants c) {
+  float first = m[i], second = v[i];
+  if (kind != UPDATE) {
+    const float g = load(grad, i) * c.clip;
+    first = c.lerp < 0.5f ? first + c.lerp * (g - first) : g - (g - first) * (1 - c.lerp);
+    second = second * c.beta2 + c.square * g * g;
+    m[i] = first;
+    v[i] = second;
+  }
+  const float root = std::sqrt(second);
+  if (kind == EPD) return first * first / (root + c.eps);
+  if (kind == PFN) {
+    const float ratio = first / (root + c.eps);
+    return ratio * ratio;
+  }
+  value[i] = value[i] * decay + first * size / (root * c.inverse_root + c.eps);
+  return 0;
+}
+
+// So many elements from ``start`` on; returns the sum of their terms.
+template <Kind kind, class Grad>
+double piece(const Job& job, int64_t start, int64_t count, float decay, float size, Constants c) {
+  const Grad* __restrict grad = static_cast<const Grad*>(job.grad) + start;
+  float* __restrict m = job.m + start;
+  float* __restrict v = job.v + start;
+  float* __restrict value = job.value + start;
+  double total = 0;
+  int64_t k = 0;
+  for (; k + BLOCK <= count; k += BLOCK) {
+    for (int64_t line = k + AHEAD; line < k + AHEAD + BLOCK; line += LINE) {
+      if (kind != UPDATE) __builtin_prefetch(grad + line);
+      __builtin_prefetch(m + line);
+      __builtin_prefetch(v + line);
+      if (kind >= UPDATE) __builtin_prefetch(value + line);
+    }
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = k; i < k + BLOCK; ++i) sum += element<kind>(grad, m, v, value, i, decay, size, c);
+    total += sum;
+  }
+  for (; k < count; ++k) total += element<kind>(grad, m, v, value, k, decay, size, c);
+  if (kind >= UPDATE && job.store)
+    for (int64_t i = 0; i < count; ++i) job.store[start + i] = rounded(value[i]);
+  return total;
+}
+
+int64_t pieces(const Job& job) { return (job.columns + PIECE - 1) / PIECE; }
+
+template <Kind kind>
+void run(const Job* jobs, int64_t count, Constants c, int threads) {
+  std::vector<int64_t> first(count + 1, 0);  // the first piece of each job
+  for (int64_t i = 0; i < count; ++i) first[i + 1] = first[i] + jobs[i].rows * pieces(jobs[i]);
+  std::vector<double> terms(kind < UPDATE ? first[count] : 0);
+#pragma omp parallel num_threads(threads)
+  {
+    int64_t i = 0;
+#pragma omp for schedule(static)
+    for (int64_t p = 0; p < first[count]; ++p) {
+      while (p >= first[i + 1]) ++i;
+      const Job& job = jobs[i];
+      const int64_t row = (p - first[i]) / pieces(job), column = (p - first[i]) % pieces(job) * PIECE;
+      if (job.winner && !job.winner[row]) continue;
+      const int64_t start = row * job.columns + column, elements = std::min(PIECE, job.columns - column);
+      const int64_t at = job.per_row ? row : 0;
+      const float decay = job.decay ? job.decay[at] : 1, size = job.size ? job.size[at] : 0;
+      const double found = job.bf16 ? piece<kind, uint16_t>(job, start, elements, decay, size, c)
+                                    : piece<kind, float>(job, start, elements, decay, size, c);
+      if (kind < UPDATE) terms[p] = found;
+    }
+  }
+  for (int64_t i = 0; kind < UPDATE && i < count; ++i)
+    for (int64_t row = 0; row < jobs[i].rows; ++row) {
+      const double* of_row = terms.data() + first[i] + row * pieces(jobs[i]);
+      double sum = 0;
+      for (int64_t p = 0; p < pieces(jobs[i]); ++p) sum += of_row[p];
+      jobs[i].sums[row] = static_cast<float>(sum);
+    }
+}
+
+}  // namespace
+
+extern "C" void molf_pass(int32_t kind, const Job* jobs, int64_t count, const Numbers* numbers, int32_t threads) {
+  const Numbers& n = *numbers;
+  const Constants c{n.lerp, n.beta2, n.square, n.eps, n.clip ? *n.clip : 1, n.inverse_root ? *n.inverse_root : 1};
+  switch (static_cast<Kind>(kind)) {
+    case EPD: return run<EPD>(jobs, count, c, threads);
+    case PFN: return run<PFN>(jobs, count, c, threads);
+    case UPDATE: return run<UPDATE>(jobs, count, c, threads);
+    case UNROUTED: return run<UNROUTED>(jobs, count, c, threads);
+  }
+}

@@ -1,0 +1,158 @@
+"""The passes in C++ against those in torch: the same moments, sums and values, whatever the shape, and nothing else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from molf.optim import native, passes
+from molf.optim.adamw import Coefficients, Tracking, adamw_, track_, unrouted_
+
+SHAPES = [(), (1,), (63,), (64,), (65,), (3, 5), (2, 4096), (3, 4097), (5, 9000), (2, 3, 70)]
+COEFFICIENTS = Coefficients(*map(torch.tensor, (0.999, -1e-2, 0.5, 2.0)), 1e-8)
+ULP = 2**-24
+
+
+def tensors(shape: tuple[int, ...], seed: int, grad_dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    """A gradient, m, v and a value."""
+    g = torch.Generator().manual_seed(seed)
+    grad, m, value = (torch.randn(shape, generator=g) for _ in range(3))
+    return [grad.to(grad_dtype), m, torch.rand(shape, generator=g), value]
+
+
+def run(function: passes.Pass, jobs: list[passes.Job], shared: object, by_row: bool = False) -> list:
+    """All of them natively, or an error."""
+    assert all(native.Native().takes(function, job, shared) for job in jobs)
+    return passes.Passes(True, 0, torch.device("cpu")).run(function, jobs, shared, by_row)
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, ulps: int = 4) -> None:
+    torch.testing.assert_close(found, expected, rtol=ulps * 2 * ULP, atol=ulps * ULP)
+
+
+@pytest.mark.parametrize("score_fn", ["epd", "pfn"])
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.3, 0.5), (0.0, 0.0)])
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16])
+def test_moments_and_sums(score_fn: str, betas: tuple[float, float], grad_dtype: torch.dtype) -> None:
+    shared = Tracking(betas, 1e-8, score_fn, torch.tensor(0.7))
+    ours, theirs = ([tensors(shape, i, grad_dtype) for i, shape in enumerate(SHAPES)] for _ in range(2))
+    found = run(passes.track_all, [(*each[:3], None) for each in ours], shared, by_row=True)
+    for each, (grad, m, v, _), sums in zip(ours, theirs, found, strict=True):
+        expected = track_(grad, m, v, None, shared)
+        close(each[1], m)
+        close(each[2], v)
+        assert sums.shape == expected.shape
+        torch.testing.assert_close(sums, expected, rtol=1e-5, atol=0)
+        assert torch.equal(each[0], grad)
+
+
+@pytest.mark.parametrize("store", [False, True])
+def test_values(store: bool) -> None:
+    ours, theirs = ([tensors(shape, i) for i, shape in enumerate(SHAPES)] for _ in range(2))
+    stores = [torch.zeros(shape, dtype=torch.bfloat16) if store else None for shape in SHAPES]
+    run(passes.adamw_all, [(x[3], x[1], x[2], s, None) for x, s in zip(ours, stores, strict=True)], COEFFICIENTS)
+    for each, stored, (_, m, v, value) in zip(ours, stores, theirs, strict=True):
+        adamw_(value, m, v, None, None, COEFFICIENTS)
+        close(each[3], value)
+        assert stored is None or torch.equal(stored, each[3].to(torch.bfloat16))
+        assert torch.equal(each[1], m)
+        assert torch.equal(each[2], v)
+
+
+def test_rates_and_winners_by_row() -> None:
+    """Losers keep their bits."""
+    ours, theirs = tensors((4, 5000), 0), tensors((4, 5000), 0)
+    c = COEFFICIENTS._replace(decay=torch.rand(4, 1), step_size=torch.rand(4, 1))
+    winner = torch.tensor([[True], [False], [False], [True]])
+    run(passes.adamw_all, [(ours[3], ours[1], ours[2], None, winner)], c, by_row=True)
+    before = theirs[3].clone()
+    adamw_(theirs[3], theirs[1], theirs[2], None, winner, c)
+    close(ours[3], theirs[3])
+    assert torch.equal(ours[3][1:3], before[1:3])
+
+
+def test_a_whole_step_of_what_is_not_routed() -> None:
+    ours, theirs = ([tensors(shape, i, torch.bfloat16) for i, shape in enumerate(SHAPES)] for _ in range(2))
+    numbers = Tracking((0.9, 0.999), 1e-8, "epd"), COEFFICIENTS
+    run(passes.unrouted_all, [(x[3], x[1], x[2], None, x[0]) for x in ours], numbers)
+    for each, (grad, m, v, value) in zip(ours, theirs, strict=True):
+        unrouted_(value, m, v, None, grad, numbers)
+        for found, expected in zip(each[1:], (m, v, value), strict=True):
+            close(found, expected)
+
+
+def test_what_is_not_finite_is_stored_as_torch_rounds_it() -> None:
+    value = torch.tensor([float("inf"), -float("inf"), float("nan"), 3.39e38, -0.0, 1e-40, 1 + 2**-8, 1 + 3 * 2**-8])
+    stored, zeros = torch.zeros(8, dtype=torch.bfloat16), torch.zeros(8)
+    c = COEFFICIENTS._replace(decay=torch.tensor(1.0), step_size=torch.tensor(-0.0))
+    run(passes.adamw_all, [(value, zeros, zeros, stored, None)], c)
+    torch.testing.assert_close(stored, value.to(torch.bfloat16), rtol=0, atol=0, equal_nan=True)
+
+
+def test_sums_do_not_depend_on_the_number_of_threads() -> None:
+    found = []
+    threads = torch.get_num_threads()
+    for number in (1, 2, 3):
+        torch.set_num_threads(number)
+        jobs = [(*tensors((40, 700), 1)[:3], None), (*tensors((30_000,), 2)[:3], None)]
+        found.append([*run(passes.track_all, jobs, Tracking((0.9, 0.999), 1e-8, "epd"), by_row=True), *jobs[0][1:3]])
+    torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_autograd_sees_what_was_written() -> None:
+    """A graph that still needs a weight is refused, as after any other optimizer's step."""
+    weight = torch.ones(3, requires_grad=True)
+    loss = weight.square().sum()
+    run(passes.adamw_all, [(weight.detach(), torch.ones(3), torch.ones(3), None, None)], COEFFICIENTS)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda job: (job[0].double(), *job[1:]),
+        lambda job: (*(t.double() for t in job[:3]), None),
+        lambda job: (*(t.T for t in job[:3]), None),
+        lambda job: (job[0].half(), *job[1:]),
+    ],
+)
+def test_other_tensors_are_left_to_torch(change) -> None:
+    shared = Tracking((0.9, 0.999), 1e-8, "epd")
+    job = (*tensors((6, 9), 0)[:3], None)
+    assert native.Native().takes(passes.track_all, job, shared)
+    assert not native.Native().takes(passes.track_all, job, shared._replace(gate=torch.tensor(True)))
+    ours, theirs = change(job), change((*tensors((6, 9), 0)[:3], None))
+    assert not native.Native().takes(passes.track_all, ours, shared)
+    found = passes.Passes(True, 0, torch.device("cpu")).run(passes.track_all, [ours], shared, by_row=True)
+    assert torch.equal(found[0], track_(*theirs, shared))
+
+
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [("/no/such/c++", "No such file"), ("false", "failed"), ("sh -c 'echo broken >&2; exit 1'", "broken")],
+)
+def test_without_a_working_compiler_auto_warns_and_true_is_an_error(monkeypatch, compiler: str, reason: str) -> None:
+    """And the step is made uncompiled."""
+    monkeypatch.setenv("CXX", compiler)
+    native._library.cache_clear()
+    shared = Tracking((0.9, 0.999), 1e-8, "epd")
+    job = (*tensors((6, 9), 0)[:3], None)
+    automatic = passes.Passes("auto", 2**30, torch.device("cpu"))
+    with pytest.warns(UserWarning, match=f"run uncompiled, which is slower: .*{reason}"):
+        found = automatic.run(passes.track_all, [job], shared, by_row=True)
+    assert torch.equal(found[0], track_(*tensors((6, 9), 0)[:3], None, shared))
+    assert not automatic.compiles
+    with pytest.raises(RuntimeError, match=rf"compile=True, but compiling failed .*{reason}.*use compile=False"):
+        passes.Passes(True, 0, torch.device("cpu")).run(passes.track_all, [job], shared)
+    native._library.cache_clear()
+
+
+def test_nothing_of_it_is_left_on_disk(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    native._library.cache_clear()
+    assert native._library().molf_pass
+    assert not list(tmp_path.iterdir())
