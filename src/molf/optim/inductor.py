@@ -7,7 +7,7 @@ whatever the model. It works on CPUs as well, where ``native.py`` is faster.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -38,19 +38,14 @@ class Inductor:
     def __init__(self) -> None:
         self._ones: dict[tuple[Any, ...], Tensor] = {}
 
-    def takes(self, function: Pass, job: Job, shared: Any) -> bool:
-        """Whether a job is worth it, and of ordinary tensors."""
-        return size_of(job) >= COMPILE_FROM and not any(t is not None and is_quantized(t) for t in job)
-
-    def run(
-        self, function: Pass, jobs: Mapping[int, Job], shared: Any, by_row: bool = False
-    ) -> Iterator[tuple[int, Any]]:
-        """Results of the jobs by their numbers, as ``Passes.run``; those of a call that fails have not begun.
+    def run(self, function: Pass, jobs: Sequence[Job], shared: Any, by_row: bool = False) -> Iterator[tuple[int, Any]]:
+        """Results by the jobs' numbers, as ``Passes.run``, of those that are worth it and of ordinary tensors.
 
         Every size is a symbol of its own: other shapes need no new compilation. The numbers, β and ε, are constants of
         the loops, which would otherwise read and convert them for every vector.
         """
-        large = sorted(jobs, key=lambda i: -size_of(jobs[i]))  # the first list decides whether a loop is parallel
+        large = [i for i, job in enumerate(jobs) if size_of(job) >= COMPILE_FROM and not _is_special(job)]
+        large.sort(key=lambda i: -size_of(jobs[i]))  # the first list decides whether a loop is parallel
         whole, compiled = len(large) - len(large) % LIST, _compile(function)
         with (
             symbolic.patch(  # type: ignore[attr-defined]
@@ -74,6 +69,10 @@ class Inductor:
         if key not in self._ones:
             self._ones[key] = torch.ones(len(first), 1, dtype=job[1].dtype, device=first.device)
         return (*job[:3], self._ones[key])
+
+
+def _is_special(job: Job) -> bool:
+    return any(t is not None and is_quantized(t) for t in job)
 
 
 @functools.cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 Slot = tuple[int, int]
 """Index of a parameter group, and position in its ``params``."""
@@ -35,7 +36,7 @@ class RoutedModule:
     scaling: float
     sizes: tuple[int, ...]
 
-    @property
+    @cached_property
     def slots(self) -> list[Slot]:
         """Every slot of the module, the weight first where it has one."""
         return [slot for slot in (self.weight, self.bias, self.lora_A, self.lora_B) if slot is not None]

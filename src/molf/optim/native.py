@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import math
 import os
 import shlex
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
+from array import array
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,74 +32,60 @@ class CompileError(RuntimeError):
     """There is no working C++ compiler."""
 
 
-class _Job(ctypes.Structure):
-    """``Job`` of passes.cpp."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in "grad m v value store winner decay size sums".split()),
-        *((name, ctypes.c_int64) for name in ("rows", "columns")),
-        *((name, ctypes.c_int32) for name in ("per_row", "bf16")),
-    ]
-
-
-class _Numbers(ctypes.Structure):
-    """``Numbers`` of passes.cpp."""
-
-    _fields_ = [
-        *((name, ctypes.c_float) for name in ("lerp", "beta2", "square", "eps")),
-        *((name, ctypes.c_void_p) for name in ("clip", "inverse_root")),
-    ]
-
-
 class Native:
     """Runs jobs of a pass in one call."""
 
     FAILED = (CompileError,)
     """What is raised, before anything has run, where there is no working compiler."""
 
-    def takes(self, function: Pass, job: Job, shared: Any) -> bool:
-        """Whether a job is of contiguous tensors in fp32, with a gradient or a store in bf16 if need be."""
-        grad, m, v, value, store, winner = _named(function, job)
-        tracking, _ = _numbers(function, shared)
-        return (
-            (tracking is None or tracking.gate is None)
-            and all(_is_plain(t, torch.float32) for t in (m, v, value))
-            and (_is_plain(grad, torch.float32) or _is_plain(grad, torch.bfloat16))
-            and _is_plain(store, torch.bfloat16)
-            and _is_plain(winner, torch.bool)
-        )
-
-    def run(
-        self, function: Pass, jobs: Mapping[int, Job], shared: Any, by_row: bool = False
-    ) -> Iterator[tuple[int, Any]]:
-        """Results of the jobs by their numbers, as ``Passes.run``."""
-        molf_pass = _library().molf_pass
+    def run(self, function: Pass, jobs: Sequence[Job], shared: Any, by_row: bool = False) -> Iterator[tuple[int, Any]]:
+        """Results by the jobs' numbers, as ``Passes.run``, of those that ``_is_taken``."""
         tracking, c = _numbers(function, shared)
-        numbers = _Numbers()
-        if tracking is not None:
-            beta1, beta2 = tracking.betas
-            numbers = _Numbers(1 - beta1, beta2, 1 - beta2, tracking.eps, _address(tracking.clip))
-        if c is not None:
-            numbers.eps, numbers.inverse_root = c.eps, _address(c.inverse_root)
-        updating = (None, None, False) if c is None else (c.decay.data_ptr(), c.step_size.data_ptr(), c.decay.dim() > 0)
-        listed, results, written = (_Job * len(jobs))(), {}, []
-        for place, (i, job) in enumerate(jobs.items()):
-            tensors = grad, m, v, value, store, _ = _named(function, job)
-            results[i] = m.new_empty(m.shape[:-1]) if function is track_all else None
-            listed[place] = _Job(
-                *map(_address, tensors),
-                *updating[:2],
-                _address(results[i]),
-                math.prod(m.shape[:-1]),
-                m.shape[-1] if m.dim() else 1,
-                updating[2],
-                grad is not None and grad.dtype == torch.bfloat16,
+        named = [_named(function, job) for job in jobs]
+        chosen = [(i, tensors) for i, tensors in enumerate(named) if _is_taken(tensors)]
+        if not chosen or (tracking is not None and tracking.gate is not None):
+            return
+        molf_pass = _library().molf_pass
+        rates = (0, 0, 0) if c is None else (c.decay.data_ptr(), c.step_size.data_ptr(), int(c.decay.dim() > 0))
+        listed = array("q")  # ``Job`` of passes.cpp, a row each
+        results: dict[int, Any] = {}
+        written: list[Tensor | None] = []
+        for i, tensors in chosen:
+            grad, m, v, value, store, _ = tensors
+            results[i] = sums = m.new_empty(m.shape[:-1]) if function is track_all else None
+            columns = m.shape[-1] if m.dim() else 1
+            listed.extend([0 if t is None else t.data_ptr() for t in (*tensors, sums)])
+            listed.extend(
+                (*rates, m.numel() // max(1, columns), columns, grad is not None and grad.element_size() == 2)
             )
-            written += [t for t in (value, store, *((m, v) if grad is not None else ())) if t is not None]
+            written += (value, store) if grad is None else (value, store, m, v)
         kind = 2 if tracking is None else 3 if c is not None else 0 if tracking.score_fn == "epd" else 1
-        molf_pass(kind, listed, ctypes.c_int64(len(jobs)), ctypes.byref(numbers), torch.get_num_threads())
-        torch.autograd.graph.increment_version(written)
+        beta1, beta2 = (0.0, 0.0) if tracking is None else tracking.betas
+        molf_pass(
+            kind,
+            listed.buffer_info()[0],
+            len(chosen),
+            torch.get_num_threads(),
+            *(1 - beta1, beta2, 1 - beta2, shared.eps if c is None else c.eps),
+            _address(None if tracking is None else tracking.clip),
+            _address(None if c is None else c.inverse_root),
+        )
+        torch.autograd.graph.increment_version([tensor for tensor in written if tensor is not None])
         yield from results.items()
+
+
+_TAKEN = [(torch.float32, torch.bfloat16), *[(torch.float32,)] * 3, (torch.bfloat16,), (torch.bool,)]
+"""Dtypes of a gradient, m, v, a value, a store and a winner."""
+
+
+def _is_taken(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether these are contiguous tensors in fp32, but for a gradient or a store in bf16."""
+    for tensor, dtypes in zip(tensors, _TAKEN, strict=True):
+        if tensor is not None and not (
+            tensor.dtype in dtypes and tensor.is_cpu and tensor.is_contiguous() and not is_quantized(tensor)
+        ):
+            return False
+    return True
 
 
 def _named(function: Pass, job: Job) -> tuple[Any, ...]:
@@ -114,12 +100,6 @@ def _numbers(function: Pass, shared: Any) -> tuple[Tracking | None, Coefficients
     if function is unrouted_all:
         return shared
     return (None, shared) if function is adamw_all else (shared, None)
-
-
-def _is_plain(tensor: Tensor | None, dtype: torch.dtype) -> bool:
-    return tensor is None or (
-        tensor.dtype == dtype and tensor.is_cpu and tensor.is_contiguous() and not is_quantized(tensor)
-    )
 
 
 def _address(tensor: Tensor | None) -> int | None:
@@ -142,6 +122,10 @@ def _library() -> ctypes.CDLL:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise CompileError(f"{compiler}: {(done.stderr.strip() or 'failed').splitlines()[0]}")
-            return ctypes.CDLL(str(library))
+            loaded = ctypes.CDLL(str(library))
         except OSError as error:
             raise CompileError(f"{compiler}: {error}") from error
+    whole, real, pointer = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+    loaded.molf_pass.argtypes = [whole, pointer, whole, whole, real, real, real, real, pointer, pointer]
+    loaded.molf_pass.restype = None
+    return loaded

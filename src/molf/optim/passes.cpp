@@ -24,24 +24,21 @@ struct Job {
   float* value;           // null if it stays
   uint16_t* store;        // bf16, takes the value rounded; or null
   const uint8_t* winner;  // per row whether the value moves; null: all do
+  float* sums;            // what the score sums over each row; or null
   const float* decay;     // 1 - ηλ, one or one per row
   const float* size;      // -η / (1-β1ⁿ), likewise
-  float* sums;            // what the score sums over each row; or null
+  int64_t per_row;        // whether these are one per row
   int64_t rows, columns;
-  int32_t per_row, bf16;  // whether decay and size are, and whether the gradient is
+  int64_t bf16;  // whether the gradient is
 };
 
 struct Numbers {
-  float lerp;    // 1-β1
-  float beta2;   // β2
-  float square;  // 1-β2
-  float eps;     // ε
-  const float* clip;          // the clipping factor; null: 1
-  const float* inverse_root;  // 1 / √(1-β2ⁿ); null where nothing is updated
-};
-
-struct Constants {
-  float lerp, beta2, square, eps, clip, inverse_root;
+  float lerp;          // 1-β1
+  float beta2;         // β2
+  float square;        // 1-β2
+  float eps;           // ε
+  float clip;          // the clipping factor
+  float inverse_root;  // 1 / √(1-β2ⁿ)
 };
 
 enum Kind { EPD, PFN, UPDATE, UNROUTED };
@@ -64,7 +61,7 @@ inline uint16_t rounded(float value) {  // to bf16, ties to even
 
 // One element; returns its term of the score.
 template <Kind kind, class Grad>
-inline float element(const Grad* grad, float* m, float* v, float* value, int64_t i, float decay, float size, Constants c) {
+inline float element(const Grad* grad, float* m, float* v, float* value, int64_t i, float decay, float size, Numbers c) {
   float first = m[i], second = v[i];
   if (kind != UPDATE) {
     const float g = load(grad, i) * c.clip;
@@ -85,7 +82,7 @@ inline float element(const Grad* grad, float* m, float* v, float* value, int64_t
 
 // So many elements from ``start`` on; returns the sum of their terms.
 template <Kind kind, class Grad>
-double piece(const Job& job, int64_t start, int64_t count, float decay, float size, Constants c) {
+double piece(const Job& job, int64_t start, int64_t count, float decay, float size, Numbers c) {
   const Grad* __restrict grad = static_cast<const Grad*>(job.grad) + start;
   float* __restrict m = job.m + start;
   float* __restrict v = job.v + start;
@@ -113,7 +110,7 @@ double piece(const Job& job, int64_t start, int64_t count, float decay, float si
 int64_t pieces(const Job& job) { return (job.columns + PIECE - 1) / PIECE; }
 
 template <Kind kind>
-void run(const Job* jobs, int64_t count, Constants c, int threads) {
+void run(const Job* jobs, int64_t count, Numbers c, int64_t threads) {
   std::vector<int64_t> first(count + 1, 0);  // the first piece of each job
   for (int64_t i = 0; i < count; ++i) first[i + 1] = first[i] + jobs[i].rows * pieces(jobs[i]);
   std::vector<double> terms(kind < UPDATE ? first[count] : 0);
@@ -145,9 +142,9 @@ void run(const Job* jobs, int64_t count, Constants c, int threads) {
 
 }  // namespace
 
-extern "C" void molf_pass(int32_t kind, const Job* jobs, int64_t count, const Numbers* numbers, int32_t threads) {
-  const Numbers& n = *numbers;
-  const Constants c{n.lerp, n.beta2, n.square, n.eps, n.clip ? *n.clip : 1, n.inverse_root ? *n.inverse_root : 1};
+extern "C" void molf_pass(int64_t kind, const Job* jobs, int64_t count, int64_t threads, float lerp, float beta2,
+                          float square, float eps, const float* clip, const float* inverse_root) {
+  const Numbers c{lerp, beta2, square, eps, clip ? *clip : 1, inverse_root ? *inverse_root : 1};
   switch (static_cast<Kind>(kind)) {
     case EPD: return run<EPD>(jobs, count, c, threads);
     case PFN: return run<PFN>(jobs, count, c, threads);

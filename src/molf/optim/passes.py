@@ -76,6 +76,11 @@ class Passes:
         """Without the compiler, which is no part of a copy."""
         return {**vars(self), "_compiler": None}
 
+    @property
+    def in_one_call(self) -> bool:
+        """Whether any number of jobs costs one call."""
+        return self.compiles and self._device.type == "cpu"
+
     def run(self, function: Pass, jobs: Sequence[Job], shared: Any, by_row: bool = False) -> list[Any]:
         """``function`` over all jobs; returns its results in their order.
 
@@ -102,11 +107,8 @@ class Passes:
     def _compiled(self, function: Pass, jobs: Sequence[Job], shared: Any, by_row: bool) -> dict[int, Any]:
         """Results of the jobs that run compiled, by their numbers; "auto" stops where compiling fails."""
         compiler, results = self._get_compiler(), {}
-        chosen = {i: job for i, job in enumerate(jobs) if compiler.takes(function, job, shared)}
-        if not chosen:
-            return {}
         try:
-            for i, result in compiler.run(function, chosen, shared, by_row):
+            for i, result in compiler.run(function, jobs, shared, by_row):
                 results[i] = result
         except compiler.FAILED as error:
             reason = str(error).strip().split("\n")[0]

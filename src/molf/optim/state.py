@@ -211,10 +211,10 @@ class MoLFState(Optimizer):
         self, weight: Tensor, state: Mapping[str, Tensor], transposed: bool, values: Mapping[int, Tensor]
     ) -> None:
         """Let a weight over virtual experts follow: P = W + Σ s_i B_i A_i, accumulated and rounded once."""
-        base = values.get(id(weight), state.get("base", weight))
-        if base is not weight and not virtual.shares_storage(base, weight):
-            out = local(weight) if base.dtype == weight.dtype else None
-            stored = self._add_experts(state, local(base), transposed, out=out)
+        base, held = local(values.get(id(weight), state.get("base", weight))), local(weight)
+        if not virtual.shares_storage(base, held):
+            out = held if base.dtype == held.dtype else None
+            stored = self._add_experts(state, base, transposed, out=out)
             if out is None:
                 self._store(weight, stored)
 

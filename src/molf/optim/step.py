@@ -214,8 +214,8 @@ class MoLFStep(MoLFState):
             for part in stack.dense:
                 moving = [i for i, k in enumerate(part.members) if 0 in won[k]]
                 if moving:
-                    job = self._job(part, None, moving, values, written)
-                    jobs[self._key([self.param_groups[part.slots[0][0]]], stack.count, job)].append(job)
+                    found = self._dense_jobs(part, moving, values, written)
+                    jobs[self._key([self.param_groups[part.slots[0][0]]], stack.count, found[0])] += found
             if any(lora):
                 self._add_lora_jobs(jobs, stack, lora, values, written)
         for key, listed in jobs.items():
@@ -243,6 +243,14 @@ class MoLFStep(MoLFState):
         if part.turned:
             value, store = value.T, None if store is None else store.T
         return value, part.exp_avg, part.exp_avg_sq, store, winner
+
+    def _dense_jobs(
+        self, part: Part, which: Sequence[int], values: dict[int, Tensor], written: list[Written]
+    ) -> list[tuple[Any, ...]]:
+        """What ``adamw_`` takes of weights or biases; where any number of jobs is one call, nothing is gathered."""
+        if len(part.parameters) == 1 or not self._passes.in_one_call:
+            return [self._job(part, None, which, values, written)]
+        return [(*self._trained(part.parameters[i], values), None) for i in which]
 
     def _add_lora_jobs(
         self,
