@@ -55,9 +55,8 @@ class Native:
             results[i] = sums = m.new_empty(m.shape[:-1]) if function is track_all else None
             columns = m.shape[-1] if m.dim() else 1
             listed.extend([0 if t is None else t.data_ptr() for t in (*tensors, sums)])
-            listed.extend(
-                (*rates, m.numel() // max(1, columns), columns, grad is not None and grad.element_size() == 2)
-            )
+            bf16 = grad is not None and grad.dtype == torch.bfloat16
+            listed.extend((*rates, m.numel() // max(1, columns), columns, bf16))
             written += (value, store) if grad is None else (value, store, m, v)
         kind = 2 if tracking is None else 3 if c is not None else 0 if tracking.score_fn == "epd" else 1
         beta1, beta2 = (0.0, 0.0) if tracking is None else tracking.betas

@@ -16,7 +16,7 @@ from .config import MoLFConfig
 from .guards import WrittenTensors
 from .layout import RoutedModule, Slot
 from .sharding import ProcessesDifferError, Shards, compare_replicas, fitted, local
-from .stacks import Unrouted
+from .stacks import Stack, Stacks, Unrouted
 
 _IN_EVERY_GROUP = tuple("betas eps expert_ranks scales score_fn top_k policy random_shares policy_seed".split())
 
@@ -39,6 +39,7 @@ class MoLFState(Optimizer):
         self._segments: dict[torch.device, Tensor] = {}
         self._spread: dict[tuple[Any, ...], Tensor] = {}
         self._written = WrittenTensors()
+        self._stacks: Stacks | None = None
         defaults = {
             "lr": config.lr,
             "weight_decay": 0.0,
@@ -64,6 +65,7 @@ class MoLFState(Optimizer):
             **{name: getattr(self, name) for name in own},
             "_segments": {},
             "_spread": {},
+            "_stacks": None,
         }
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -119,15 +121,22 @@ class MoLFState(Optimizer):
         """Rewrite every weight of the model from the state, after someone has written to the state."""
         for module in self.modules:
             weight = self._parameter(module.slots[0])
-            if self._is_virtual(module):
-                if local(self.state[weight]["lora_B"]).any():
-                    self._own_base(weight)
-                self._write_weight(weight, self.state[weight], module.transposed, {})
+            if self._is_virtual(module) and local(self.state[weight]["lora_B"]).any():
+                self._own_base(weight)
             for slot in module.slots[int(self._is_virtual(module)) :]:
                 self._write(self._parameter(slot), {})
+        for stack in self.stacks().all:
+            if self._is_virtual(stack.modules[0]):
+                self._write_weights(stack, {})
         for each in self._others():
             self._write(each.parameter, {})
         self._remember_written()
+
+    def stacks(self) -> Stacks:
+        """The modules as a step works on them; made anew when someone has replaced a tensor of the optimizer."""
+        if self._stacks is None or not self._stacks.fit(self.param_groups, self.state):
+            self._stacks = Stacks(self.modules, self._others(), self.param_groups, self.state, self.config)
+        return self._stacks
 
     def state_dict(self) -> dict[str, Any]:
         """As of every optimizer: tensors, numbers and strings, the parameters by their index.
@@ -195,28 +204,34 @@ class MoLFState(Optimizer):
         if "base" in state and virtual.shares_storage(state["base"], weight):
             state["base"] = weight.detach().clone()
 
-    def _add_experts(
-        self, state: Mapping[str, Tensor], base: Tensor, transposed: bool, sign: int = 1, out: Tensor | None = None
-    ) -> Tensor:
-        """``base`` ± Σ s_i B_i A_i, laid out like the weight whose state this is."""
+    def _add_experts(self, module: RoutedModule, base: Tensor, sign: int = 1) -> Tensor:
+        """``base`` ± Σ s_i B_i A_i, laid out like the weight."""
+        state = self.state[self._parameter(module.slots[0])]
         A, B = local(state["lora_A"]), local(state["lora_B"])
-        return virtual.superpose(base, A, B, self._scales(B), transposed, sign, out)
+        return virtual.superpose(base, A, B, self._scales(B), module.transposed, sign)
 
     def _scales(self, like: Tensor) -> float | Tensor:
         """The scale s of the LoRA experts: a number where all have the same, else one per rank, (R,)."""
         scales = self.config.scales
         return scales[0] if len(set(scales)) == 1 else self._per_rank(scales, like)
 
-    def _write_weight(
-        self, weight: Tensor, state: Mapping[str, Tensor], transposed: bool, values: Mapping[int, Tensor]
-    ) -> None:
-        """Let a weight over virtual experts follow: P = W + Σ s_i B_i A_i, accumulated and rounded once."""
-        base, held = local(values.get(id(weight), state.get("base", weight))), local(weight)
-        if not virtual.shares_storage(base, held):
-            out = held if base.dtype == held.dtype else None
-            stored = self._add_experts(state, base, transposed, out=out)
-            if out is None:
-                self._store(weight, stored)
+    def _write_weights(self, stack: Stack, values: Mapping[int, Tensor]) -> None:
+        """Let weights over virtual experts follow: P = W + Σ s_i B_i A_i, accumulated and rounded once.
+
+        One by one: a product of several modules at once would round otherwise than that of a module by itself.
+        """
+        (A, Bt), transposed = stack.virtual_pair(), stack.modules[0].transposed
+        factors, scales = zip(A.unbind(), Bt.mT.unbind(), strict=True), self._scales(A)
+        bases = [base for part in stack.weights for base in part.precise(values)]
+        weights = [weight for part in stack.weights for weight in part.parameters]
+        for weight, base, (a, b) in zip(weights, bases, factors, strict=True):
+            held = local(weight)
+            if virtual.shares_storage(base, held):
+                continue
+            if base.dtype == held.dtype:
+                virtual.superpose(base, a, b, scales, transposed, out=held)
+            else:
+                self._store(weight, virtual.superpose(base, a, b, scales, transposed))
 
     def _write(self, parameter: Tensor, values: Mapping[int, Tensor]) -> None:
         """Let a tensor of the model follow its precise value: the master, or one of ``values``, by the tensor's id."""
@@ -237,8 +252,7 @@ class MoLFState(Optimizer):
             self._own_base(weight)
         else:
             dtype = moment_dtype(weight)
-            whole = local(weight.detach()).to(dtype)
-            values[id(weight)] = self._add_experts(self.state[weight], whole, module.transposed, sign=-1)
+            values[id(weight)] = self._add_experts(module, local(weight.detach()).to(dtype), sign=-1)
 
     def _derived(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """The model's tensors that this optimizer rewrites from its state: name, tensor, and what it has to hold."""
@@ -248,11 +262,11 @@ class MoLFState(Optimizer):
                     yield name, local(parameter), local(self.state[parameter]["base"])
         for module in self.modules:
             weight = self._parameter(module.slots[0])
-            state = self.state[weight]
-            if self._is_virtual(module) and "base" in state:
-                shared = virtual.shares_storage(state["base"], weight)
-                held, base = local(weight), local(state["base"])
-                yield module.name, held, held if shared else self._add_experts(state, base, module.transposed)
+            base = self.state[weight].get("base")
+            if self._is_virtual(module) and base is not None:
+                shared = virtual.shares_storage(base, weight)
+                held = local(weight)
+                yield module.name, held, held if shared else self._add_experts(module, local(base))
 
     def _rewritten(self) -> Iterator[Tensor]:
         return (p for group in self.param_groups for p in group["params"] if "base" in self.state[p])

@@ -23,7 +23,7 @@ from .quantized import is_quantized
 from .routing import Decision, decide
 from .scalars import join
 from .sharding import Shards, first_row
-from .stacks import OtherStack, Part, Stack, Stacks, Unrouted
+from .stacks import OtherStack, Part, Stack, Unrouted
 from .state import MoLFState
 
 
@@ -46,7 +46,6 @@ class MoLFStep(MoLFState):
     ) -> None:
         self.decisions: list[Decision] = []
         self._coefficients: dict[tuple[Any, ...], Coefficients] = {}
-        self._stacks: Stacks | None = None
         super().__init__(params, config, modules)
         every = [p for group in self.param_groups for p in group["params"]]
         device = every[0].device if every else torch.device("cpu")
@@ -54,14 +53,8 @@ class MoLFStep(MoLFState):
 
     def __getstate__(self) -> dict[str, Any]:
         """As of the state, with the last decision."""
-        own = {"decisions": self.decisions, "_passes": self._passes, "_coefficients": {}, "_stacks": None}
+        own = {"decisions": self.decisions, "_passes": self._passes, "_coefficients": {}}
         return {**super().__getstate__(), **own}
-
-    def stacks(self) -> Stacks:
-        """The modules as a step works on them; made anew when someone has replaced a tensor of the optimizer."""
-        if self._stacks is None or not self._stacks.fit(self.param_groups, self.state):
-            self._stacks = Stacks(self.modules, self._others(), self.param_groups, self.state, self.config)
-        return self._stacks
 
     def _step(self, active: Sequence[RoutedModule], others: Sequence[Unrouted]) -> None:
         """One step of these modules and of these parameters that are not routed.
@@ -250,7 +243,10 @@ class MoLFStep(MoLFState):
         """What ``adamw_`` takes of weights or biases; where any number of jobs is one call, nothing is gathered."""
         if len(part.parameters) == 1 or not self._passes.in_one_call:
             return [self._job(part, None, which, values, written)]
-        return [(*self._trained(part.parameters[i], values), None) for i in which]
+        held = part.precise(values)
+        stores = part.parameters if self._follows_master(part) else [None] * len(held)
+        moments = [(state["exp_avg"], state["exp_avg_sq"]) for state in part.states]
+        return [(held[i], *moments[i], stores[i], None) for i in which]
 
     def _add_lora_jobs(
         self,
@@ -275,8 +271,12 @@ class MoLFStep(MoLFState):
     def _write_part(self, part: Part, joined: Tensor, held: Sequence[Tensor], which: Sequence[int]) -> None:
         """Let the tensors of several modules take their new values, and those of the model that follow a master."""
         part.spread(joined, held, which)
-        if "base" in part.states[0] and "lora_A" not in part.states[0]:
+        if self._follows_master(part):
             part.spread(joined, part.parameters, which)
+
+    def _follows_master(self, part: Part) -> bool:
+        """Whether the model's tensors are roundings of masters, and not weights over virtual experts."""
+        return "base" in part.states[0] and "lora_A" not in part.states[0]
 
     def _write_stack(self, stack: Stack, values: Mapping[int, Tensor]) -> None:
         """Let the weights of these modules follow: P = W + Σ s_i B_i A_i, accumulated and rounded once."""
@@ -284,10 +284,8 @@ class MoLFStep(MoLFState):
         for parameter in stack.parameters if values else ():
             if id(parameter) in values and not (virtual_experts and parameter.dim() == 2):
                 self._write(parameter, values)
-        # one by one: a product of several modules at once rounds otherwise than ``sync_weights``, so than a resume
-        for part in stack.weights if virtual_experts else ():
-            for weight, state in zip(part.parameters, part.states, strict=True):
-                self._write_weight(weight, state, stack.modules[0].transposed, values)
+        if virtual_experts:
+            self._write_weights(stack, values)
 
     def _step_others(self, others: Sequence[OtherStack], grads: Sequence[Tensor], check: GradientCheck) -> None:
         """AdamW for what is not routed."""
