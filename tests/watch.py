@@ -21,7 +21,7 @@ def experts(optimizer: MoLFAdamW, module: RoutedModule) -> dict[str, tuple[Tenso
     parameter = {slot: optimizer.param_groups[slot[0]]["params"][slot[1]] for slot in module.slots}
     if optimizer.config.train_base:
         weights, of_dense = {}, {}
-        for slot in module.dense_slots:
+        for slot in [slot for slot in (module.weight, module.bias) if slot is not None]:
             state = optimizer.state[parameter[slot]]
             weights[str(slot)] = state.get("base", parameter[slot]).clone()
             of_dense |= {f"{slot}.{name}": state[name].clone() for name in moments}

@@ -16,7 +16,7 @@ from .config import MoLFConfig
 from .guards import WrittenTensors
 from .layout import RoutedModule, Slot
 from .sharding import ProcessesDifferError, Shards, compare_replicas, fitted, local
-from .stacks import Stack, Stacks, Unrouted
+from .stacks import Unrouted
 
 _IN_EVERY_GROUP = tuple("betas eps expert_ranks scales score_fn top_k policy random_shares policy_seed".split())
 
@@ -39,7 +39,6 @@ class MoLFState(Optimizer):
         self._segments: dict[torch.device, Tensor] = {}
         self._spread: dict[tuple[Any, ...], Tensor] = {}
         self._written = WrittenTensors()
-        self._stacks: Stacks | None = None
         defaults = {
             "lr": config.lr,
             "weight_decay": 0.0,
@@ -65,7 +64,6 @@ class MoLFState(Optimizer):
             **{name: getattr(self, name) for name in own},
             "_segments": {},
             "_spread": {},
-            "_stacks": None,
         }
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -121,22 +119,17 @@ class MoLFState(Optimizer):
         """Rewrite every weight of the model from the state, after someone has written to the state."""
         for module in self.modules:
             weight = self._parameter(module.slots[0])
-            if self._is_virtual(module) and local(self.state[weight]["lora_B"]).any():
-                self._own_base(weight)
+            if self._is_virtual(module):
+                state = self.state[weight]
+                if local(state["lora_B"]).any():
+                    self._own_base(weight)
+                base, A, B = (local(each) for each in (state.get("base", weight), state["lora_A"], state["lora_B"]))
+                self._write_weight(weight, base, A, B, module.transposed)
             for slot in module.slots[int(self._is_virtual(module)) :]:
                 self._write(self._parameter(slot), {})
-        for stack in self.stacks().all:
-            if self._is_virtual(stack.modules[0]):
-                self._write_weights(stack, {})
         for each in self._others():
             self._write(each.parameter, {})
         self._remember_written()
-
-    def stacks(self) -> Stacks:
-        """The modules as a step works on them; made anew when someone has replaced a tensor of the optimizer."""
-        if self._stacks is None or not self._stacks.fit(self.param_groups, self.state):
-            self._stacks = Stacks(self.modules, self._others(), self.param_groups, self.state, self.config)
-        return self._stacks
 
     def state_dict(self) -> dict[str, Any]:
         """As of every optimizer: tensors, numbers and strings, the parameters by their index.
@@ -215,23 +208,15 @@ class MoLFState(Optimizer):
         scales = self.config.scales
         return scales[0] if len(set(scales)) == 1 else self._per_rank(scales, like)
 
-    def _write_weights(self, stack: Stack, values: Mapping[int, Tensor]) -> None:
-        """Let weights over virtual experts follow: P = W + Σ s_i B_i A_i, accumulated and rounded once.
-
-        One by one: a product of several modules at once would round otherwise than that of a module by itself.
-        """
-        (A, Bt), transposed = stack.virtual_pair(), stack.modules[0].transposed
-        factors, scales = zip(A.unbind(), Bt.mT.unbind(), strict=True), self._scales(A)
-        bases = [base for part in stack.weights for base in part.precise(values)]
-        weights = [weight for part in stack.weights for weight in part.parameters]
-        for weight, base, (a, b) in zip(weights, bases, factors, strict=True):
-            held = local(weight)
-            if virtual.shares_storage(base, held):
-                continue
-            if base.dtype == held.dtype:
-                virtual.superpose(base, a, b, scales, transposed, out=held)
-            else:
-                self._store(weight, virtual.superpose(base, a, b, scales, transposed))
+    def _write_weight(self, weight: Tensor, base: Tensor, A: Tensor, B: Tensor, transposed: bool) -> None:
+        """Let a weight over virtual experts follow: P = W + Σ s_i B_i A_i, accumulated and rounded once."""
+        held, scales = local(weight), self._scales(A)
+        if virtual.shares_storage(base, held):
+            return
+        if base.dtype == held.dtype:
+            virtual.superpose(base, A, B, scales, transposed, out=held)
+        else:
+            self._store(weight, virtual.superpose(base, A, B, scales, transposed))
 
     def _write(self, parameter: Tensor, values: Mapping[int, Tensor]) -> None:
         """Let a tensor of the model follow its precise value: the master, or one of ``values``, by the tensor's id."""

@@ -23,7 +23,7 @@ from .quantized import is_quantized
 from .routing import Decision, decide
 from .scalars import join
 from .sharding import Shards, first_row
-from .stacks import OtherStack, Part, Stack, Unrouted
+from .stacks import OtherStack, Part, Stack, Stacks, Unrouted
 from .state import MoLFState
 
 
@@ -46,6 +46,7 @@ class MoLFStep(MoLFState):
     ) -> None:
         self.decisions: list[Decision] = []
         self._coefficients: dict[tuple[Any, ...], Coefficients] = {}
+        self._stacks: Stacks | None = None
         super().__init__(params, config, modules)
         every = [p for group in self.param_groups for p in group["params"]]
         device = every[0].device if every else torch.device("cpu")
@@ -53,8 +54,14 @@ class MoLFStep(MoLFState):
 
     def __getstate__(self) -> dict[str, Any]:
         """As of the state, with the last decision."""
-        own = {"decisions": self.decisions, "_passes": self._passes, "_coefficients": {}}
+        own = {"decisions": self.decisions, "_passes": self._passes, "_coefficients": {}, "_stacks": None}
         return {**super().__getstate__(), **own}
+
+    def stacks(self) -> Stacks:
+        """The modules as a step works on them; made anew when someone has replaced a tensor of the optimizer."""
+        if self._stacks is None or not self._stacks.fit(self.param_groups, self.state):
+            self._stacks = Stacks(self.modules, self._others(), self.param_groups, self.state, self.config)
+        return self._stacks
 
     def _step(self, active: Sequence[RoutedModule], others: Sequence[Unrouted]) -> None:
         """One step of these modules and of these parameters that are not routed.
@@ -284,8 +291,13 @@ class MoLFStep(MoLFState):
         for parameter in stack.parameters if values else ():
             if id(parameter) in values and not (virtual_experts and parameter.dim() == 2):
                 self._write(parameter, values)
+        # one by one: a product of several modules at once rounds otherwise than ``sync_weights``, so than a resume
         if virtual_experts:
-            self._write_weights(stack, values)
+            (A, Bt), transposed = stack.virtual_pair(), stack.modules[0].transposed
+            weights = [weight for part in stack.weights for weight in part.parameters]
+            bases = [base for part in stack.weights for base in part.precise(values)]
+            for weight, base, a, b in zip(weights, bases, A.unbind(), Bt.mT.unbind(), strict=True):
+                self._write_weight(weight, base, a, b, transposed)
 
     def _step_others(self, others: Sequence[OtherStack], grads: Sequence[Tensor], check: GradientCheck) -> None:
         """AdamW for what is not routed."""
