@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from statistics import correlation, mean, stdev
+from statistics import correlation, mean, median, stdev
 from typing import Any
 
 from molf.bench.results import ratio
@@ -223,6 +223,27 @@ def overhead() -> str:
     return table(["contender", "ms", "/ fft"], rows) + "\n" + where(data)
 
 
+def compilers() -> str:
+    """The passes by C++, Inductor and plain torch."""
+    data = json.loads((RESULTS / "compilers.json").read_text())
+    ms, first, e = data["ms"], data["first"], data["environment"]
+    parts, fused = ("moments, score", "update"), median(ms["fused AdamW"])
+    rows = [["fused AdamW, all in one", "-", "-", f"{fused:.1f}", "1.00", "-"]]
+    for name in ("C++", "Inductor", "uncompiled"):
+        each = [f"{name}: {part}" for part in parts]
+        whole = [a + b for a, b in zip(*(ms[key] for key in each), strict=True)]
+        cells = [f"{median(ms[key]):.1f}" for key in each]
+        ratio_ = median(a / b for a, b in zip(whole, ms["fused AdamW"], strict=True))
+        seconds = sum(first[key] for key in each) / 1e3
+        rows.append([name, *cells, f"{median(whole):.1f}", f"{ratio_:.2f}", f"{seconds:.1f}"])
+    head = ["passes by", "moments and score, ms", "update, ms", "both, ms", "/ fused AdamW", "first call, s"]
+    note = (
+        f"\n{data['elements'] / 1e6:.1f} M elements in fp32, {e['cpu']}, {e['threads']} threads, torch {e['torch']}, "
+        f"{len(ms['fused AdamW'])} rounds, commit {e['commit']}."
+    )
+    return table(head, rows) + "\n" + note
+
+
 def gpu() -> str:
     """Every GPU result that is there."""
     parts = []
@@ -329,4 +350,4 @@ def spread(values: list[float], digits: int) -> str:
     return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f}"
 
 
-TABLES = (bars, step, train, memory, low_memory, drift, growth, overhead, gpu)
+TABLES = (bars, step, train, memory, low_memory, drift, growth, overhead, compilers, gpu)

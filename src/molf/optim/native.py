@@ -52,8 +52,8 @@ class Native:
         written: list[Tensor | None] = []
         for i, tensors in chosen:
             grad, m, v, value, store, _ = tensors
-            results[i] = sums = m.new_empty(m.shape[:-1]) if function is track_all else None
-            columns = m.shape[-1] if m.dim() else 1
+            columns = m.shape[-1] if by_row and m.dim() else m.numel()
+            results[i] = sums = m.new_empty(m.shape[:-1] if by_row else ()) if function is track_all else None
             listed.extend([0 if t is None else t.data_ptr() for t in (*tensors, sums)])
             bf16 = grad is not None and grad.dtype == torch.bfloat16
             listed.extend((*rates, m.numel() // max(1, columns), columns, bf16))

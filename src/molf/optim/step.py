@@ -330,10 +330,11 @@ class MoLFStep(MoLFState):
         Jobs of one key are alike in what varies along their rows; ranks of ``times`` modules follow each other.
         """
         value, ids = job[0], tuple(id(group) for group in groups)
-        key = (ids, n, folds, ranks.start, ranks.stop, times, value.dtype, value.device)
+        decays, sizes, root = step_numbers(groups, n, folds)
+        alike = all(len(set(x)) == 1 for x in (decays, sizes))
+        rows = () if alike else (ranks.start, ranks.stop, times)
+        key = (ids, n, folds, rows, value.dtype, value.device)
         if key not in self._coefficients:
-            decays, sizes, root = step_numbers(groups, n, folds)
-            alike = all(len(set(x)) == 1 for x in (decays, sizes))
             decay, size = (
                 value.new_tensor(x[0]) if alike else self._per_rank(x, value)[ranks].repeat(times)[:, None]
                 for x in (decays, sizes)
@@ -397,7 +398,7 @@ class MoLFStep(MoLFState):
 def _total(sums: Sequence[Tensor], stack: Stack) -> Tensor:
     """Sums of weight and bias together, (K,), from those of the parts; of one module's they may come per row."""
     parts = zip(sums, stack.dense, strict=True)
-    each = [(found if len(part.members) > 1 else found.sum()).reshape(-1) for found, part in parts]
+    each = [(found.sum() if len(part.members) == 1 and found.dim() else found).reshape(-1) for found, part in parts]
     return join(each).view(-1, len(stack)).sum(0)
 
 
