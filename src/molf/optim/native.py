@@ -1,8 +1,7 @@
 """The passes compiled by the machine's C++ compiler, for CPUs: ``passes.cpp``.
 
-Of the same passes Inductor makes loops that take 1.4 times as long, for want of prefetching, and needs some 20 times as
-long to compile them (docs/performance.md). These ones are compiled in half a second, once per process, and nothing is
-kept on disk.
+Of the same passes Inductor makes loops that take 1.4 times as long, and needs half a minute to compile them
+(docs/performance.md). These are compiled in about a second, once per process, and nothing is kept on disk.
 """
 
 from __future__ import annotations

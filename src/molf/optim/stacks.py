@@ -1,4 +1,4 @@
-"""Routed modules as a step works on them: those of one shape, if they are small, as one.
+"""Routed modules as a step works on them: what is small of those of one shape, as one.
 
 What a step of small tensors costs is calls, not arithmetic. A ``Stack`` is K modules of one shape. Their virtual
 experts with these moments, and the moments of weights and biases that are small, lie in tensors that the modules
@@ -26,7 +26,7 @@ STACK_FROM = 2**15
 """Tensors of the model with this many elements are not gathered: their gradients would be copied for nothing."""
 
 STACK_TO = 2**20
-"""Elements of the weights of a stack at most, if they are gathered: what a pass works on stays in the cache."""
+"""Elements of the weights of a stack at most, if they are gathered."""
 
 PAIR_TO = 2**20
 """Elements of the A, and of the B, of a stack of large modules at most."""
