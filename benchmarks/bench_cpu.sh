@@ -16,7 +16,6 @@ bench() { # KIND RESULT OPTIONS...
 forced="molf molf-dense molf-dense-late molf-lora"
 sizes="1 2 3 4"
 
-"${PYTHON:-.venv/bin/python}" benchmarks/compilers.py
 bench step step_cpu --preset cpu-small
 bench step overhead_cpu --preset cpu-deep --contenders fft fft-foreach $forced molf-superposed lora molf-e
 bench step growth_cpu --preset cpu-small --baseline fft@cpu-growth-1 \

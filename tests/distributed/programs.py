@@ -369,3 +369,20 @@ def with_seeds_of_their_own(kind: str, steps: int) -> dict[str, torch.Tensor]:
         train_step(model, optimizer, step)
     parameters = {name: whole(p) for name, p in model.named_parameters()}
     return parameters | {f"{i}.{k}": whole(t) for i, e in enumerate(optimizer.state.values()) for k, t in e.items()}
+
+
+def narrow_layers(kind: str, compiles: bool, steps: int) -> list[Any]:
+    """Winners of a plain model of which a layer has fewer outputs than there are processes."""
+    torch.manual_seed(0)
+    model: nn.Module = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1))
+    model = spread(model, kind)
+    optimizer = create_molf_optimizer(model, MoLFConfig(expert_ranks=(2,), lr=1e-3, lora_lr=1e-3, compile=compiles))
+    found = []
+    for step in range(steps):
+        x = torch.randn(8, 8, generator=torch.Generator().manual_seed(step))
+        own = x.chunk(dist.get_world_size())[dist.get_rank()]
+        model(own).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append({name: (each.winners, each.scores) for name, each in optimizer.routing.items()})
+    return found

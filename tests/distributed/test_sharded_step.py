@@ -8,6 +8,7 @@ from programs import (
     differ_after_a_write,
     eight_bits_that_differ,
     mixed_precision,
+    narrow_layers,
     refusals,
     with_seeds_of_their_own,
 )
@@ -93,3 +94,13 @@ def test_seeds_of_processes_may_differ(tmp_path, kind):
     assert first.keys() == second.keys()
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name]), name
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_a_process_that_holds_no_row_of_a_layer_takes_part(tmp_path, compiles):
+    alone = run(tmp_path / "one", 1, narrow_layers, "one", compiles, 8)[0]
+    for rank in run(tmp_path / "two", 2, narrow_layers, "fsdp2", compiles, 8):
+        for here, there in zip(rank, alone, strict=True):
+            assert {name: winners for name, (winners, _) in here.items()} == {n: w for n, (w, _) in there.items()}
+            for name, (_, scores) in here.items():
+                assert scores == pytest.approx(there[name][1], rel=1e-4)

@@ -8,7 +8,7 @@ import torch
 from molf.optim import native, passes
 from molf.optim.adamw import Coefficients, Tracking, adamw_, track_, unrouted_
 
-SHAPES = [(), (1,), (63,), (64,), (65,), (3, 5), (2, 4096), (3, 4097), (5, 9000), (2, 3, 70)]
+SHAPES = [(), (0,), (3, 0), (0, 5), (1,), (63,), (64,), (65,), (3, 5), (2, 4096), (3, 4097), (5, 9000), (2, 3, 70)]
 COEFFICIENTS = Coefficients(*map(torch.tensor, (0.999, -1e-2, 0.5, 2.0)), 1e-8)
 ULP = 2**-24
 
@@ -131,7 +131,12 @@ def test_other_tensors_are_left_to_torch(change) -> None:
 
 @pytest.mark.parametrize(
     ("compiler", "reason"),
-    [("/no/such/c++", "No such file"), ("false", "failed"), ("sh -c 'echo broken >&2; exit 1'", "broken")],
+    [
+        ("/no/such/c++", "No such file"),
+        ("c++ 'x", "No closing quotation"),
+        ("false", "failed"),
+        ("sh -c 'echo broken >&2; exit 1'", "broken"),
+    ],
 )
 def test_without_a_working_compiler_auto_warns_and_true_is_an_error(monkeypatch, compiler: str, reason: str) -> None:
     """And the step is made uncompiled."""
@@ -147,6 +152,37 @@ def test_without_a_working_compiler_auto_warns_and_true_is_an_error(monkeypatch,
     with pytest.raises(RuntimeError, match=rf"compile=True, but compiling failed .*{reason}.*use compile=False"):
         passes.Passes(True, 0, torch.device("cpu")).run(passes.track_all, [job], shared)
     native._library.cache_clear()
+
+
+def test_without_a_temporary_folder_auto_warns(monkeypatch) -> None:
+    def fails(*arguments: object, **more: object) -> None:
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr("tempfile.TemporaryDirectory", fails)
+    native._library.cache_clear()
+    automatic = passes.Passes("auto", 2**30, torch.device("cpu"))
+    with pytest.warns(UserWarning, match="No usable temporary directory"):
+        automatic.run(passes.track_all, [(*tensors((6, 9), 0)[:3], None)], Tracking((0.9, 0.999), 1e-8, "epd"))
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+@pytest.mark.parametrize("shape", [(3, 0), (0, 5), (0,)])
+def test_sums_of_nothing_are_zero(monkeypatch, shape: tuple[int, ...], by_row: bool) -> None:
+    """A process may hold no row of a sharded weight."""
+    new_empty = torch.Tensor.new_empty
+    monkeypatch.setattr(
+        torch.Tensor, "new_empty", lambda self, *shape, **more: new_empty(self, *shape, **more).fill_(7)
+    )
+    (found,) = run(passes.track_all, [(*tensors(shape, 0)[:3], None)], Tracking((0.9, 0.999), 1e-8, "epd"), by_row)
+    assert found.sum() == 0
+
+
+def test_a_subclass_whose_data_is_elsewhere_is_left_to_torch() -> None:
+    class Elsewhere(torch.Tensor):
+        pass
+
+    job = tuple(t.as_subclass(Elsewhere) for t in tensors((6, 9), 0)[:3])
+    assert not dict(native.Native().run(passes.track_all, [(*job, None)], Tracking((0.9, 0.999), 1e-8, "epd")))
 
 
 def test_nothing_of_it_is_left_on_disk(monkeypatch, tmp_path) -> None:

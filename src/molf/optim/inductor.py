@@ -26,7 +26,7 @@ COMPILE_FROM = 2**13
 """Tensors with fewer elements are left to be worked on in blocks."""
 
 _VARIANTS = 32
-"""Compilations of one pass: list lengths, one or two dimensions, dtypes, numbers, with or without clipping."""
+"""Compilations of one pass: list lengths, one or two dimensions, dtypes, with or without clipping."""
 
 
 class Inductor:
@@ -41,8 +41,8 @@ class Inductor:
     def run(self, function: Pass, jobs: Sequence[Job], shared: Any, by_row: bool = False) -> Iterator[tuple[int, Any]]:
         """Results by the jobs' numbers, as ``Passes.run``, of those that are worth it and of ordinary tensors.
 
-        Every size is a symbol of its own: other shapes need no new compilation. The numbers, β and ε, are constants of
-        the loops, which would otherwise read and convert them for every vector.
+        Every size and number is a symbol of its own: other shapes, or a β that a scheduler moves, need no new
+        compilation.
         """
         large = [i for i, job in enumerate(jobs) if size_of(job) >= COMPILE_FROM and not _is_special(job)]
         large.sort(key=lambda i: -size_of(jobs[i]))  # the first list decides whether a loop is parallel
@@ -51,7 +51,7 @@ class Inductor:
             symbolic.patch(  # type: ignore[attr-defined]
                 use_duck_shape=False
             ),
-            torch._dynamo.config.patch(recompile_limit=_VARIANTS, specialize_float=True),
+            torch._dynamo.config.patch(recompile_limit=_VARIANTS),
         ):
             for call in [*(large[i : i + LIST] for i in range(0, whole, LIST)), *([i] for i in large[whole:])]:
                 yield from zip(

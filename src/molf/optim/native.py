@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import os
 import shlex
 import subprocess
@@ -22,7 +23,6 @@ from torch import Tensor
 
 from .adamw import Coefficients, Tracking
 from .passes import Job, Pass, adamw_all, track_all, unrouted_all
-from .quantized import is_quantized
 
 _FLAGS = "-O3 -march=native -std=c++17 -fno-math-errno -fno-trapping-math -ffp-contract=off -fopenmp -shared -fPIC"
 
@@ -51,11 +51,11 @@ class Native:
         written: list[Tensor | None] = []
         for i, tensors in chosen:
             grad, m, v, value, store, _ = tensors
-            columns = m.shape[-1] if by_row and m.dim() else m.numel()
-            results[i] = sums = m.new_empty(m.shape[:-1] if by_row else ()) if function is track_all else None
+            shape, columns = (m.shape[:-1], m.shape[-1]) if by_row and m.dim() else ((), m.numel())
+            results[i] = sums = m.new_empty(shape) if function is track_all else None
             listed.extend([0 if t is None else t.data_ptr() for t in (*tensors, sums)])
             bf16 = grad is not None and grad.dtype == torch.bfloat16
-            listed.extend((*rates, m.numel() // max(1, columns), columns, bf16))
+            listed.extend((*rates, math.prod(shape), columns, bf16))
             written += (value, store) if grad is None else (value, store, m, v)
         kind = 2 if tracking is None else 3 if c is not None else 0 if tracking.score_fn == "epd" else 1
         beta1, beta2 = (0.0, 0.0) if tracking is None else tracking.betas
@@ -72,15 +72,18 @@ class Native:
         yield from results.items()
 
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+"""Of a subclass the data may be elsewhere."""
+
 _TAKEN = [(torch.float32, torch.bfloat16), *[(torch.float32,)] * 3, (torch.bfloat16,), (torch.bool,)]
 """Dtypes of a gradient, m, v, a value, a store and a winner."""
 
 
 def _is_taken(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether these are contiguous tensors in fp32, but for a gradient or a store in bf16."""
+    """Whether these are ordinary, contiguous tensors in fp32, but for a gradient or a store in bf16."""
     for tensor, dtypes in zip(tensors, _TAKEN, strict=True):
         if tensor is not None and not (
-            tensor.dtype in dtypes and tensor.is_cpu and tensor.is_contiguous() and not is_quantized(tensor)
+            type(tensor) in _PLAIN and tensor.dtype in dtypes and tensor.is_cpu and tensor.is_contiguous()
         ):
             return False
     return True
@@ -111,18 +114,17 @@ def _library() -> ctypes.CDLL:
     Raises:
         CompileError: With the compiler's own words.
     """
-    compiler = os.environ.get("CXX", "c++")
-    source = Path(__file__).with_name("passes.cpp")
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        library = Path(folder, "passes.so")
-        command = [*shlex.split(compiler), *_FLAGS.split(), str(source), "-o", str(library)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+    compiler = os.environ.get("CXX", "").strip() or "c++"
+    try:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            library, source = Path(folder, "passes.so"), Path(__file__).with_name("passes.cpp")
+            command = [*shlex.split(compiler), *_FLAGS.split(), str(source), "-o", str(library)]
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
             if done.returncode:
                 raise CompileError(f"{compiler}: {(done.stderr.strip() or 'failed').splitlines()[0]}")
             loaded = ctypes.CDLL(str(library))
-        except OSError as error:
-            raise CompileError(f"{compiler}: {error}") from error
+    except (OSError, ValueError) as error:
+        raise CompileError(f"{compiler}: {error}") from error
     whole, real, pointer = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
     loaded.molf_pass.argtypes = [whole, pointer, whole, whole, real, real, real, real, pointer, pointer]
     loaded.molf_pass.restype = None

@@ -135,7 +135,8 @@ class Stack:
     def virtual_pair(self) -> tuple[Tensor, Tensor]:
         """Virtual A (K, R, in) and Bᵀ (K, R, out)."""
         A, B = (part.virtual for part in self.pair or () if part.virtual is not None)
-        return A.view(len(self), -1, A.shape[1]), B.view(len(self), -1, B.shape[1])
+        rank = len(A) // len(self)  # a process may hold no row of a weight, and so no column of B
+        return A.view(len(self), rank, A.shape[1]), B.view(len(self), rank, B.shape[1])
 
 
 class Stacks:
