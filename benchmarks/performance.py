@@ -233,9 +233,9 @@ def compilers() -> str:
         each = [f"{name}: {part}" for part in parts]
         whole = [a + b for a, b in zip(*(ms[key] for key in each), strict=True)]
         cells = [f"{median(ms[key]):.1f}" for key in each]
-        ratio_ = median(a / b for a, b in zip(whole, ms["fused AdamW"], strict=True))
+        over_fused = median(a / b for a, b in zip(whole, ms["fused AdamW"], strict=True))
         seconds = sum(first[key] for key in each) / 1e3
-        rows.append([name, *cells, f"{median(whole):.1f}", f"{ratio_:.2f}", f"{seconds:.1f}"])
+        rows.append([name, *cells, f"{median(whole):.1f}", f"{over_fused:.2f}", f"{seconds:.1f}"])
     head = ["passes by", "moments and score, ms", "update, ms", "both, ms", "/ fused AdamW", "first call, s"]
     note = (
         f"\n{data['elements'] / 1e6:.1f} M elements in fp32, {e['cpu']}, {e['threads']} threads, torch {e['torch']}, "

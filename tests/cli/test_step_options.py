@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from molf.assets import BUNDLED_MODEL
+from molf.cli import main
 from molf.cli.train import parse
+from molf.optim import native
 from molf.train.methods import METHODS
 from molf.train.resume import check_same
 from molf.train.run import _resolved
@@ -95,3 +98,25 @@ def test_a_run_with_other_data_or_arithmetic_is_not_continued(tmp_path: Path, wo
     check_same(tmp_path, runs[0])
     with pytest.raises(ValueError, match=f"^{words[0][2:]} was .*, now it is .*: a resumed run continues exactly"):
         check_same(tmp_path, runs[1])
+
+
+def test_compiling_that_fails_is_one_line(monkeypatch, capsys, tmp_path: Path) -> None:
+    monkeypatch.setenv("CXX", "/no/such/c++")
+    native._library.cache_clear()
+    words = [
+        "--model_name_or_path",
+        str(BUNDLED_MODEL),
+        "--task",
+        "world-fact",
+        "--max_examples",
+        "8",
+        "--use_cpu",
+        "true",
+    ]
+    out = ["--output_dir", str(tmp_path / "run"), "--disable_tqdm", "true", "--compile", "true"]
+    assert main(["train", "--method", "molf", *words, *out]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("molf: error")]
+    assert len(errors) == 1
+    assert "compile=True, but compiling failed (/no/such/c++: [Errno 2] No such file" in errors[0]
+    assert errors[0].endswith("use compile=False")
+    assert not list(tmp_path.glob("run/*.safetensors"))

@@ -98,7 +98,7 @@ def valid_fields(draw: Any) -> dict[str, Any]:
         "betas": draw(st.sampled_from([list, tuple]))(draw(st.tuples(st.floats(0, 0.999), st.floats(0, 0.9999)))),
         "eps": draw(st.floats(1e-8, 1e-2) if moments_8bit else st.one_of(st.floats(1e-12, 1e-2), st.just(2e-38))),
         "max_grad_norm": None if in_backward else draw(st.one_of(st.none(), st.floats(1e-3, 1e3))),
-        "compile": draw(st.sampled_from([False, "auto"])),  # True compiles for seconds; the passes have their own tests
+        "compile": draw(st.sampled_from([False, "auto", True])),
         "keep_base": draw(st.booleans()),
         "moments_8bit": moments_8bit,
         "step_in_backward": in_backward,

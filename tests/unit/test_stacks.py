@@ -38,7 +38,11 @@ def _train(model, optimizer, steps=range(STEPS)):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("config", [MOLF, EFFICIENT], ids=["molf", "molf-e"])
+@pytest.mark.parametrize(
+    "config",
+    [MOLF, EFFICIENT, replace(MOLF, compile=True), replace(EFFICIENT, compile=True)],
+    ids=["molf", "molf-e", "molf-compiled", "molf-e-compiled"],
+)
 @pytest.mark.parametrize("architecture", ["qwen2", "gpt2"])
 def test_stacked_is_one_by_one(monkeypatch, architecture, config, dtype):
     """All tensors of several modules gathered, only those of virtual experts, none."""

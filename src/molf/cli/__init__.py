@@ -10,7 +10,7 @@ from importlib import import_module
 
 import torch
 
-from ..optim import NonFiniteError, ProcessesDifferError, ResumeError
+from ..optim import CompileError, NonFiniteError, ProcessesDifferError, ResumeError
 from ..train.distributed import lost_process
 
 COMMANDS = {
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         import_module(f".{command}", __name__).run(rest)
     except ModuleNotFoundError as error:
         return _fail(f"{error}: pip install 'molf[train]'")
-    except (ValueError, OSError, NonFiniteError, ProcessesDifferError, ResumeError) as error:
+    except (ValueError, OSError, CompileError, NonFiniteError, ProcessesDifferError, ResumeError) as error:
         return _fail(str(error) or type(error).__name__)
     except (MemoryError, RuntimeError) as error:
         if lost_process(error):

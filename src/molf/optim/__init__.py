@@ -4,10 +4,12 @@ from .config import MoLFConfig
 from .factory import MoLFOptimizerFactory, create_molf_optimizer, molf_lora_config
 from .guards import NonFiniteError, NonFiniteGradientError, ResumeError
 from .molf_adamw import MoLFAdamW
+from .passes import CompileError
 from .routing import Routing, RoutingRecorder, read_routing
 from .sharding import ProcessesDifferError
 
 __all__ = [
+    "CompileError",
     "MoLFAdamW",
     "MoLFConfig",
     "MoLFOptimizerFactory",

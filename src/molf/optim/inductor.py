@@ -16,13 +16,12 @@ from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.exc import InductorError
 from torch.fx.experimental import _config as symbolic
 
-from .passes import Job, Pass, flat, size_of, track_all
-from .quantized import is_quantized
+from .passes import Job, Pass, flat, has_quantized, size_of, track_all
 
 LIST = 8
 """Tensors per call of a compiled function: a call costs as much as some 10,000 elements."""
 
-COMPILE_FROM = 2**13
+COMPILE_FROM = 2**15
 """Tensors with fewer elements are left to be worked on in blocks."""
 
 _VARIANTS = 32
@@ -44,7 +43,7 @@ class Inductor:
         Every size and number is a symbol of its own: other shapes, or a β that a scheduler moves, need no new
         compilation.
         """
-        large = [i for i, job in enumerate(jobs) if size_of(job) >= COMPILE_FROM and not _is_special(job)]
+        large = [i for i, job in enumerate(jobs) if size_of(job) >= COMPILE_FROM and not has_quantized(job)]
         large.sort(key=lambda i: -size_of(jobs[i]))  # the first list decides whether a loop is parallel
         whole, compiled = len(large) - len(large) % LIST, _compile(function)
         with (
@@ -69,10 +68,6 @@ class Inductor:
         if key not in self._ones:
             self._ones[key] = torch.ones(len(first), 1, dtype=job[1].dtype, device=first.device)
         return (*job[:3], self._ones[key])
-
-
-def _is_special(job: Job) -> bool:
-    return any(t is not None and is_quantized(t) for t in job)
 
 
 @functools.cache

@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 
 from .adamw import Coefficients, Tracking
-from .passes import Job, Pass, adamw_all, track_all, unrouted_all
+from .passes import CompileError, Job, Pass, adamw_all, track_all, unrouted_all
 
 _FLAGS = "-O3 -march=native -std=c++17 -fno-math-errno -fno-trapping-math -ffp-contract=off -fopenmp -shared -fPIC"
 
 
-class CompileError(RuntimeError):
-    """There is no working C++ compiler."""
+_EPD, _PFN, _UPDATE, _UNROUTED = range(4)
+"""``Kind`` of passes.cpp."""
 
 
 class Native:
@@ -39,7 +39,7 @@ class Native:
 
     def run(self, function: Pass, jobs: Sequence[Job], shared: Any, by_row: bool = False) -> Iterator[tuple[int, Any]]:
         """Results by the jobs' numbers, as ``Passes.run``, of those that ``_is_taken``."""
-        tracking, c = _numbers(function, shared)
+        kind, tracking, c = _numbers(function, shared)
         named = [_named(function, job) for job in jobs]
         chosen = [(i, tensors) for i, tensors in enumerate(named) if _is_taken(tensors)]
         if not chosen or (tracking is not None and tracking.gate is not None):
@@ -57,7 +57,6 @@ class Native:
             bf16 = grad is not None and grad.dtype == torch.bfloat16
             listed.extend((*rates, math.prod(shape), columns, bf16))
             written += (value, store) if grad is None else (value, store, m, v)
-        kind = 2 if tracking is None else 3 if c is not None else 0 if tracking.score_fn == "epd" else 1
         beta1, beta2 = (0.0, 0.0) if tracking is None else tracking.betas
         molf_pass(
             kind,
@@ -97,10 +96,11 @@ def _named(function: Pass, job: Job) -> tuple[Any, ...]:
     return (last, m, v, value, store, None) if function is unrouted_all else (None, m, v, value, store, last)
 
 
-def _numbers(function: Pass, shared: Any) -> tuple[Tracking | None, Coefficients | None]:
-    if function is unrouted_all:
-        return shared
-    return (None, shared) if function is adamw_all else (shared, None)
+def _numbers(function: Pass, shared: Any) -> tuple[int, Tracking | None, Coefficients | None]:
+    """The kind of a pass, and its numbers."""
+    if function is track_all:
+        return (_EPD if shared.score_fn == "epd" else _PFN), shared, None
+    return (_UPDATE, None, shared) if function is adamw_all else (_UNROUTED, *shared)
 
 
 def _address(tensor: Tensor | None) -> int | None:

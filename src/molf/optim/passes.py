@@ -57,6 +57,10 @@ _WRITES: dict[Pass, tuple[int, ...]] = {track_all: (1, 2), adamw_all: (0, 3), un
 """Which tensors of a job a pass writes to."""
 
 
+class CompileError(RuntimeError):
+    """``compile=True``, and there is no working compiler."""
+
+
 class Passes:
     """Runs the three passes. Make one per optimizer.
 
@@ -76,11 +80,6 @@ class Passes:
         """Without the compiler, which is no part of a copy."""
         return {**vars(self), "_compiler": None}
 
-    @property
-    def in_one_call(self) -> bool:
-        """Whether any number of jobs costs one call."""
-        return self.compiles and self._device.type == "cpu"
-
     def run(self, function: Pass, jobs: Sequence[Job], shared: Any, by_row: bool = False) -> list[Any]:
         """``function`` over all jobs; returns its results in their order.
 
@@ -92,7 +91,7 @@ class Passes:
                 what is summed may be so over any of its dimensions.
 
         Raises:
-            RuntimeError: If compiling fails and was asked for.
+            CompileError: If compiling fails and was asked for.
         """
         results = self._compiled(function, jobs, shared, by_row) if self.compiles else {}
         groups: dict[Any, list[int]] = defaultdict(list)
@@ -113,7 +112,7 @@ class Passes:
         except compiler.FAILED as error:
             reason = str(error).strip().split("\n")[0]
             if self.must_compile:
-                raise RuntimeError(f"compile=True, but compiling failed ({reason}): use compile=False") from error
+                raise CompileError(f"compile=True, but compiling failed ({reason}): use compile=False") from error
             warnings.warn(f"MoLF's passes run uncompiled, which is slower: {reason}", stacklevel=2)
             self.compiles = False
         return results
@@ -135,6 +134,11 @@ def flat(job: Job) -> Job:
     return tuple(t if t is None else t.view(-1) for t in job) if all(map(_is_flat, job)) else job
 
 
+def has_quantized(job: Job) -> bool:
+    """Whether a tensor of it is in 8 bits."""
+    return any(map(is_quantized, job))
+
+
 def _is_flat(tensor: Tensor | None) -> bool:
     return tensor is None or (tensor.is_contiguous() and not is_quantized(tensor))
 
@@ -152,7 +156,7 @@ def _in_blocks(function: Pass, jobs: Sequence[Job], shared: Any) -> list[Any]:
     """Jobs that are alike: cut if they are larger than a block, stacked if several fit into one."""
     first = next(t for t in jobs[0] if t is not None)
     block = BLOCK if first.device.type == "cpu" else DEVICE_BLOCK
-    if any(t is not None and is_quantized(t) for t in jobs[0]):
+    if has_quantized(jobs[0]):
         return [function([job], shared)[0] for job in jobs]
     by_row = first.dim() == 2 and not (isinstance(shared, Coefficients) and shared.decay.dim() > 0)
     if first.numel() > block and (first.dim() == 1 or by_row):

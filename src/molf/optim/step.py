@@ -1,30 +1,31 @@
-"""The step of ``MoLFAdamW``: gradients of the experts, moments, scores, winners, updates, and the model follows.
+"""The step of ``MoLFAdamW`` up to its decision: gradients of the experts, moments, scores, winners.
 
-Everything here works on stacks: K modules of one shape (``stacks.py``). See ``molf_adamw.py`` for the mathematics.
+Everything here works on stacks: K modules of one shape (``stacks.py``). ``update.py`` applies what is decided. See
+``molf_adamw.py`` for the mathematics.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import virtual
-from .adamw import Coefficients, Tracking, step_numbers
+from .adamw import Tracking
 from .config import MoLFConfig
 from .guards import GradientCheck, check_gradient, check_gradients, look_at
 from .layout import RoutedModule, Slot
-from .passes import Passes, adamw_all, track_all, unrouted_all
+from .passes import track_all
 from .policy import priorities
 from .quantized import is_quantized
 from .routing import Decision, decide
 from .scalars import join
-from .sharding import Shards, first_row
-from .stacks import OtherStack, Part, Stack, Stacks, Unrouted
-from .state import MoLFState
+from .sharding import Shards
+from .stacks import OtherStack, Stack, Stacks, Unrouted
+from .update import MoLFUpdate
 
 
 class Gradients(NamedTuple):
@@ -34,28 +35,19 @@ class Gradients(NamedTuple):
     pair: list[Tensor]
 
 
-Written = tuple[Part, Tensor, Sequence[Tensor], Sequence[int]]
-"""A part of several modules, its new value, where the modules keep theirs, and which of them take it."""
-
-
-class MoLFStep(MoLFState):
+class MoLFStep(MoLFUpdate):
     """The step of ``MoLFAdamW``, without what surrounds it; arguments as of ``MoLFState``."""
 
     def __init__(
         self, params: Iterable[dict[str, Any]], config: MoLFConfig, modules: Sequence[RoutedModule] = ()
     ) -> None:
         self.decisions: list[Decision] = []
-        self._coefficients: dict[tuple[Any, ...], Coefficients] = {}
         self._stacks: Stacks | None = None
         super().__init__(params, config, modules)
-        every = [p for group in self.param_groups for p in group["params"]]
-        device = every[0].device if every else torch.device("cpu")
-        self._passes = Passes(config.compile, sum(p.numel() for p in every), device)
 
     def __getstate__(self) -> dict[str, Any]:
         """As of the state, with the last decision."""
-        own = {"decisions": self.decisions, "_passes": self._passes, "_coefficients": {}, "_stacks": None}
-        return {**super().__getstate__(), **own}
+        return {**super().__getstate__(), "decisions": self.decisions, "_stacks": None}
 
     def stacks(self) -> Stacks:
         """The modules as a step works on them; made anew when someone has replaced a tensor of the optimizer."""
@@ -198,152 +190,6 @@ class MoLFStep(MoLFState):
         turns = [(index[module.name], int(count)) for module, count in zip(active, counts, strict=True)]
         return priorities(self.config, scores, turns)
 
-    def _update(self, stacks: Sequence[Stack], winners: Mapping[str, Sequence[int]]) -> None:
-        """AdamW for the winners of these modules, then P follows. Losers are not touched."""
-        first = int(self.config.train_base)
-        values: dict[int, Tensor] = {}  # of parameters whose precise value is not in the state
-        jobs: dict[tuple[Any, ...], list[Any]] = defaultdict(list)
-        written: list[Written] = []
-        for stack in stacks:
-            won = [winners[module.name] for module in stack.modules]
-            lora = [[index - first for index in best if index >= first] for best in won]
-            if self._is_virtual(stack.modules[0]):
-                for module, moves in zip(stack.modules, lora, strict=True):
-                    if moves or not self.config.keep_base:
-                        self._prepare_base(module, values)
-            for part in stack.dense:
-                moving = [i for i, k in enumerate(part.members) if 0 in won[k]]
-                if moving:
-                    found = self._dense_jobs(part, moving, values, written)
-                    jobs[self._key([self.param_groups[part.slots[0][0]]], stack.count, found[0])] += found
-            if any(lora):
-                self._add_lora_jobs(jobs, stack, lora, values, written)
-        for key, listed in jobs.items():
-            c = self._coefficients[key]
-            for masked in (False, True):
-                chosen = [job for job in listed if (job[-1] is not None) == masked]
-                self._passes.run(adamw_all, chosen, c, by_row=masked or c.decay.dim() > 0)
-        for each in written:
-            self._write_part(*each)
-        for stack in stacks:
-            self._write_stack(stack, values)
-
-    def _job(
-        self, part: Part, winner: Tensor | None, which: Sequence[int], values: dict[int, Tensor], written: list[Written]
-    ) -> tuple[Any, ...]:
-        """What ``adamw_`` takes of a part. Values of several modules are gathered; ``written`` says what to do then."""
-        if part.virtual is not None:
-            return part.virtual, part.exp_avg, part.exp_avg_sq, None, winner
-        if len(part.parameters) > 1:
-            held = part.precise({})
-            value = part.joined(held)
-            written.append((part, value, held, which))
-            return value, part.exp_avg, part.exp_avg_sq, None, winner
-        value, _, _, store = self._trained(part.parameters[0], values)
-        if part.turned:
-            value, store = value.T, None if store is None else store.T
-        return value, part.exp_avg, part.exp_avg_sq, store, winner
-
-    def _dense_jobs(
-        self, part: Part, which: Sequence[int], values: dict[int, Tensor], written: list[Written]
-    ) -> list[tuple[Any, ...]]:
-        """What ``adamw_`` takes of weights or biases; where any number of jobs is one call, nothing is gathered."""
-        if len(part.parameters) == 1 or not self._passes.in_one_call:
-            return [self._job(part, None, which, values, written)]
-        held = part.precise(values)
-        stores = part.parameters if self._follows_master(part) else [None] * len(held)
-        moments = [(state["exp_avg"], state["exp_avg_sq"]) for state in part.states]
-        return [(held[i], *moments[i], stores[i], None) for i in which]
-
-    def _add_lora_jobs(
-        self,
-        jobs: dict[tuple[Any, ...], list[Any]],
-        stack: Stack,
-        lora: Sequence[Sequence[int]],
-        values: dict[int, Tensor],
-        written: list[Written],
-    ) -> None:
-        """A and Bᵀ, (K R, in) and (K R, out), with the ranks of the winners where not all of them win."""
-        groups, winner = [self._group(expert) for expert in self._lora_experts], None
-        starts, folds = (self._first_rank(stack.modules[0]), 0), ((1.0,), stack.modules[0].folds(self.config.scales))
-        which = [k for k, each in enumerate(lora) if each]
-        for part, fold, start in zip(stack.pair or (), folds, starts, strict=True):
-            ranks = slice(start, start + len(part.exp_avg) // len(stack))
-            if any(len(each) < len(groups) for each in lora):
-                won = torch.tensor([[i in each for i in range(len(groups))] for each in lora])
-                winner = won.to(part.exp_avg.device)[:, self._segments_on(part.exp_avg.device)][:, ranks].reshape(-1, 1)
-            job = self._job(part, winner, which, values, written)
-            jobs[self._key(groups, stack.count, job, fold, ranks, len(stack))].append(job)
-
-    def _write_part(self, part: Part, joined: Tensor, held: Sequence[Tensor], which: Sequence[int]) -> None:
-        """Let the tensors of several modules take their new values, and those of the model that follow a master."""
-        part.spread(joined, held, which)
-        if self._follows_master(part):
-            part.spread(joined, part.parameters, which)
-
-    def _follows_master(self, part: Part) -> bool:
-        """Whether the model's tensors are roundings of masters, and not weights over virtual experts."""
-        return "base" in part.states[0] and "lora_A" not in part.states[0]
-
-    def _write_stack(self, stack: Stack, values: Mapping[int, Tensor]) -> None:
-        """Let the weights of these modules follow: P = W + Σ s_i B_i A_i, accumulated and rounded once."""
-        virtual_experts = bool(stack.weights) and self._is_virtual(stack.modules[0])
-        for parameter in stack.parameters if values else ():
-            if id(parameter) in values and not (virtual_experts and parameter.dim() == 2):
-                self._write(parameter, values)
-        # one by one: a product of several modules at once rounds otherwise than ``sync_weights``, so than a resume
-        if virtual_experts:
-            (A, Bt), transposed = stack.virtual_pair(), stack.modules[0].transposed
-            weights = [weight for part in stack.weights for weight in part.parameters]
-            bases = [base for part in stack.weights for base in part.precise(values)]
-            for weight, base, a, b in zip(weights, bases, A.unbind(), Bt.mT.unbind(), strict=True):
-                self._write_weight(weight, base, a, b, transposed)
-
-    def _step_others(self, others: Sequence[OtherStack], grads: Sequence[Tensor], check: GradientCheck) -> None:
-        """AdamW for what is not routed."""
-        values: dict[int, Tensor] = {}
-        written: list[Written] = []
-        jobs: dict[tuple[Any, ...], list[Any]] = defaultdict(list)
-        for other, grad in zip(others, grads, strict=True):
-            *job, _ = self._job(other.part, None, range(len(other.names)), values, written)
-            jobs[(*self._key([other.group], other.count, job), other.group["betas"])].append((*job, grad))
-        for key, listed in jobs.items():
-            c = self._coefficients[key[:-1]]
-            clip, _ = check.on(c.decay.device, c.decay.dtype)
-            self._passes.run(unrouted_all, listed, (Tracking(key[-1], c.eps, self.config.score_fn, clip), c))
-        for each in written:
-            self._write_part(*each)
-        for parameter in [each for other in others for each in other.part.parameters] if values else ():
-            self._write(parameter, values)
-
-    def _key(
-        self,
-        groups: Sequence[Mapping[str, Any]],
-        n: float,
-        job: Sequence[Any],
-        folds: tuple[float, ...] = (1.0,),
-        ranks: slice = slice(None),
-        times: int = 1,
-    ) -> tuple[Any, ...]:
-        """Key of the coefficients of these groups at step n: scalars, or one per rank where LoRA experts' differ.
-
-        Jobs of one key are alike in what varies along their rows; ranks of ``times`` modules follow each other.
-        """
-        value, ids = job[0], tuple(id(group) for group in groups)
-        decays, sizes, root = step_numbers(groups, n, folds)
-        alike = all(len(set(x)) == 1 for x in (decays, sizes))
-        rows = () if alike else (ranks.start, ranks.stop, times)
-        key = (ids, n, folds, rows, value.dtype, value.device)
-        if key not in self._coefficients:
-            decay, size = (
-                value.new_tensor(x[0]) if alike else self._per_rank(x, value)[ranks].repeat(times)[:, None]
-                for x in (decays, sizes)
-            )
-            self._coefficients[key] = Coefficients(
-                decay, size, value.new_tensor(root), value.new_tensor(1 / root), groups[0]["eps"]
-            )
-        return key
-
     def _check_gradients(
         self,
         stacks: Sequence[Stack],
@@ -386,10 +232,6 @@ class MoLFStep(MoLFState):
         if self.shards is None or module.lora_A is not None:
             return None
         return virtual.partial_factor(self._parameter(module.slots[0]), module.transposed)
-
-    def _first_rank(self, module: RoutedModule) -> int:
-        """The first rank of an adapter's A that this process holds; 0 of virtual experts, which have all ranks."""
-        return 0 if self.shards is None or module.lora_A is None else first_row(self._parameter(module.lora_A))
 
     def _name(self, slot: Slot) -> str:
         return self.param_groups[slot[0]]["param_names"][slot[1]]
