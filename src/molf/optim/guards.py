@@ -172,15 +172,19 @@ def on_host(values: Tensor) -> bool:
 
 
 def _norms(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """L2 norms, accumulated in fp32 at least."""
+    """L2 norms, accumulated in fp32 at least; on a GPU a few launches for all of them."""
+    if tensors and all(g.is_cuda and g.dtype != torch.float64 for g in tensors):
+        return list(torch._foreach_norm(list(tensors), dtype=torch.float32))
     return [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in tensors]
 
 
 def probes(tensors: Sequence[Tensor]) -> list[Tensor]:
     """A number of each tensor that is finite if and only if the tensor and its norm are, 0-dimensional.
 
-    Sums, accumulated in fp32 at least; of small tensors norms, which torch computes for all in one call.
+    Sums, accumulated in fp32 at least; of small tensors, and on a GPU, norms, which torch computes for all in one call.
     """
+    if tensors and all(g.is_cuda for g in tensors):
+        return _norms(tensors)
     small = [i for i, g in enumerate(tensors) if g.numel() < 2**15 and g.dtype == torch.float32]
     found = dict(zip(small, torch._foreach_norm([tensors[i] for i in small]) if small else (), strict=True))
     for i, g in enumerate(tensors):

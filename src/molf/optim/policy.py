@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from .config import MoLFConfig
+from .scalars import numbers
 
 
 def priorities(config: MoLFConfig, scores: Tensor, turns: Sequence[tuple[int, int]]) -> Tensor:
@@ -31,7 +32,8 @@ def priorities(config: MoLFConfig, scores: Tensor, turns: Sequence[tuple[int, in
         0
     """
     if config.policy == "random":
-        return scores.new_tensor([_draw(config, f"{config.policy_seed}/{index}/{step}") for index, step in turns])
+        draws = [_draw(config, f"{config.policy_seed}/{index}/{step}") for index, step in turns]
+        return numbers(draws, scores)
     ranked = scores.clone()
     if config.policy == "fixed-dense":
         ranked[:, 1:] = -math.inf

@@ -1,9 +1,10 @@
-"""Tensors from wherever they are, as one."""
+"""Small tensors: from wherever they are as one, and numbers as tensors."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,12 @@ def stack(tensors: Sequence[Tensor]) -> Tensor:
 def join(tensors: Sequence[Tensor]) -> Tensor:
     """``torch.cat`` of one-dimensional tensors on the first one's device and in the widest dtype among them."""
     return torch.cat(_alike(tensors))
+
+
+def numbers(values: Any, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """``values`` as a tensor where another one is, without the wait for a GPU of ``new_tensor``."""
+    made = torch.tensor(values, dtype=dtype or like.dtype, pin_memory=like.is_cuda)
+    return made.to(like.device, non_blocking=True)
 
 
 def _alike(tensors: Sequence[Tensor]) -> list[Tensor]:

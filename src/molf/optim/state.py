@@ -15,6 +15,7 @@ from .checkpoint import check_loadable, with_bare_groups
 from .config import MoLFConfig
 from .guards import WrittenTensors
 from .layout import RoutedModule, Slot
+from .scalars import numbers
 from .sharding import ProcessesDifferError, Shards, compare_replicas, fitted, local
 from .stacks import Unrouted
 
@@ -309,7 +310,7 @@ class MoLFState(Optimizer):
         if key not in self._spread:
             if len(self._spread) > 64:  # learning rates change at every step
                 self._spread.clear()
-            self._spread[key] = like.new_tensor(per_expert)[self._segments_on(like.device)]
+            self._spread[key] = numbers(per_expert, like)[self._segments_on(like.device)]
         return self._spread[key]
 
     def _segments_on(self, device: torch.device) -> Tensor:

@@ -22,7 +22,7 @@ from .passes import track_all
 from .policy import priorities
 from .quantized import is_quantized
 from .routing import Decision, decide
-from .scalars import join
+from .scalars import join, numbers
 from .sharding import Shards
 from .stacks import OtherStack, Stack, Stacks, Unrouted
 from .update import MoLFUpdate
@@ -88,7 +88,8 @@ class MoLFStep(MoLFUpdate):
         active = [module for stack in stacks for module in stack.modules]
         counts = [stack.count for stack in stacks for _ in stack.modules]
         if list(order) != list(range(len(order))):
-            active, counts, sums = [active[i] for i in order], [counts[i] for i in order], sums[list(order)]
+            active, counts = [active[i] for i in order], [counts[i] for i in order]
+            sums = sums[numbers(order, sums, torch.long)]
         scores = self._scores(active, sums)
         names = tuple(module.name for module in active)
         decision = decide(names, scores, self.config.top_k, self._priorities(active, scores, counts), check.gate)
@@ -179,8 +180,8 @@ class MoLFStep(MoLFUpdate):
         rates = [float(self._group(expert)["lr"]) for expert in self.experts]
         if self.config.score_fn == "epd":
             factors = [[rate / size for rate, size in zip(rates, m.sizes, strict=True)] for m in active]
-            return sums * sums.new_tensor(factors)
-        return (sums / sums.new_tensor([module.sizes for module in active])).sqrt_()
+            return sums * numbers(factors, sums)
+        return (sums / numbers([module.sizes for module in active], sums)).sqrt_()
 
     def _priorities(self, active: Sequence[RoutedModule], scores: Tensor, counts: Sequence[float]) -> Tensor | None:
         """What decides in place of the scores; None in MoLF."""

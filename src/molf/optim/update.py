@@ -17,6 +17,7 @@ from .config import MoLFConfig
 from .guards import GradientCheck
 from .layout import RoutedModule
 from .passes import Passes, adamw_all, unrouted_all
+from .scalars import numbers
 from .sharding import first_row
 from .stacks import OtherStack, Part, Stack
 from .state import MoLFState
@@ -102,8 +103,9 @@ class MoLFUpdate(MoLFState):
         for part, fold, start in zip(stack.pair or (), folds, starts, strict=True):
             ranks = slice(start, start + len(part.exp_avg) // len(stack))
             if any(len(each) < len(groups) for each in lora):
-                won = torch.tensor([[i in each for i in range(len(groups))] for each in lora])
-                winner = won.to(part.exp_avg.device)[:, self._segments_on(part.exp_avg.device)][:, ranks].reshape(-1, 1)
+                segments = self._segments_on(part.exp_avg.device)
+                won = numbers([[i in each for i in range(len(groups))] for each in lora], segments, torch.bool)
+                winner = won[:, segments][:, ranks].reshape(-1, 1)
             job = self._job(part, winner, which, values, written)
             jobs[self._key(groups, stack.count, job, fold, ranks, len(stack))].append(job)
 
@@ -164,11 +166,11 @@ class MoLFUpdate(MoLFState):
         key = (ids, n, folds, rows, value.dtype, value.device)
         if key not in self._coefficients:
             decay, size = (
-                value.new_tensor(x[0]) if alike else self._per_rank(x, value)[ranks].repeat(times)[:, None]
+                numbers(x[0], value) if alike else self._per_rank(x, value)[ranks].repeat(times)[:, None]
                 for x in (decays, sizes)
             )
             self._coefficients[key] = Coefficients(
-                decay, size, value.new_tensor(root), value.new_tensor(1 / root), groups[0]["eps"]
+                decay, size, numbers(root, value), numbers(1 / root, value), groups[0]["eps"]
             )
         return key
 
