@@ -57,6 +57,10 @@ class Inductor:
                     call, compiled([self._prepared(function, jobs[i], by_row) for i in call], shared), strict=True
                 )
 
+    def superpose(self, *_: Any) -> bool:
+        """Nothing: torch's own products are good."""
+        return False
+
     def _prepared(self, function: Pass, job: Job, by_row: bool) -> Job:
         """A job as Inductor makes the fewest loops of it: matrices with ``ones`` where sums are taken, else flat."""
         first = job[0]

@@ -70,6 +70,38 @@ class Native:
         torch.autograd.graph.increment_version([tensor for tensor in written if tensor is not None])
         yield from results.items()
 
+    def superpose(
+        self,
+        targets: Sequence[Tensor],
+        bases: Sequence[Tensor],
+        A: Tensor,
+        Bt: Tensor,
+        scales: Tensor,
+        transposed: bool,
+    ) -> bool:
+        """As ``Passes.superpose``, of layers below ``PRODUCT_TO``; targets may be in bf16."""
+        if targets[0].numel() >= PRODUCT_TO or not all(map(_is_product, targets, bases)):
+            return False
+        if not all(_is_plain(each, (torch.float32,)) for each in (A, Bt, scales)):
+            return False
+        listed = array("q")  # P and W of each
+        for target, base in zip(targets, bases, strict=True):
+            listed.extend((target.data_ptr(), base.data_ptr()))
+        left, right = (A, Bt) if transposed else (Bt, A)
+        _library().molf_superpose(
+            listed.buffer_info()[0],
+            len(targets),
+            torch.get_num_threads(),
+            *(left.data_ptr(), right.data_ptr(), scales.data_ptr()),
+            *(len(scales), left.shape[-1], right.shape[-1]),
+            targets[0].dtype == torch.bfloat16,
+        )
+        torch.autograd.graph.increment_version(targets)
+        return True
+
+
+PRODUCT_TO = 2**15
+"""Elements of a weight whose products with its experts are left to torch, which makes better ones of large matrices."""
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 """Of a subclass the data may be elsewhere."""
@@ -80,12 +112,15 @@ _TAKEN = [(torch.float32, torch.bfloat16), *[(torch.float32,)] * 3, (torch.bfloa
 
 def _is_taken(tensors: Sequence[Tensor | None]) -> bool:
     """Whether these are ordinary, contiguous tensors in fp32, but for a gradient or a store in bf16."""
-    for tensor, dtypes in zip(tensors, _TAKEN, strict=True):
-        if tensor is not None and not (
-            type(tensor) in _PLAIN and tensor.dtype in dtypes and tensor.is_cpu and tensor.is_contiguous()
-        ):
-            return False
-    return True
+    return all(tensor is None or _is_plain(tensor, dtypes) for tensor, dtypes in zip(tensors, _TAKEN, strict=True))
+
+
+def _is_product(target: Tensor, base: Tensor) -> bool:
+    return _is_plain(target, (torch.float32, torch.bfloat16)) and _is_plain(base, (torch.float32,))
+
+
+def _is_plain(tensor: Tensor, dtypes: Sequence[torch.dtype]) -> bool:
+    return type(tensor) in _PLAIN and tensor.dtype in dtypes and tensor.is_cpu and tensor.is_contiguous()
 
 
 def _named(function: Pass, job: Job) -> tuple[Any, ...]:
@@ -127,5 +162,7 @@ def _library() -> ctypes.CDLL:
         raise CompileError(f"{compiler}: {error}") from error
     whole, real, pointer = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
     loaded.molf_pass.argtypes = [whole, pointer, whole, whole, real, real, real, real, pointer, pointer]
-    loaded.molf_pass.restype = None
+    loaded.molf_superpose.argtypes = [pointer, whole, whole, pointer, pointer, pointer, whole, whole, whole, whole]
+    for function in (loaded.molf_pass, loaded.molf_superpose):
+        function.restype = None
     return loaded

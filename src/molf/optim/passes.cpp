@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -140,7 +141,50 @@ void run(const Job* jobs, int64_t count, Numbers c, int64_t threads) {
     }
 }
 
+struct Product {
+  void* target;       // P, fp32 or bf16
+  const float* base;  // W
+};
+
+// One row of P = W + Σ s_r left_r right_r: of the row's own elements of left, (rank, rows) from ``left`` on.
+template <class Target>
+void superpose(Target* target, const float* base, const float* left, const float* right, const float* scales,
+               int64_t rank, int64_t rows, int64_t columns) {
+  for (int64_t start = 0; start < columns; start += BLOCK) {
+    const int64_t count = std::min(BLOCK, columns - start);
+    float sums[BLOCK] = {};
+    for (int64_t r = 0; r < rank; ++r) {
+      const float factor = scales[r] * left[r * rows];
+      const float* row = right + r * columns + start;
+      if (count == BLOCK)
+        for (int64_t i = 0; i < BLOCK; ++i) sums[i] += factor * row[i];
+      else
+        for (int64_t i = 0; i < count; ++i) sums[i] += factor * row[i];
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      const float value = base[start + i] + sums[i];
+      if constexpr (std::is_same_v<Target, float>) target[start + i] = value;
+      else target[start + i] = rounded(value);
+    }
+  }
+}
+
 }  // namespace
+
+// P of layers of one shape: left is (count, rank, rows), right (count, rank, columns), scales (rank,).
+extern "C" void molf_superpose(const Product* jobs, int64_t count, int64_t threads, const float* left,
+                               const float* right, const float* scales, int64_t rank, int64_t rows, int64_t columns,
+                               int64_t bf16) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t i = 0; i < count * rows; ++i) {
+    const int64_t job = i / rows, row = i % rows, at = row * columns;
+    const float *own = left + job * rank * rows + row, *other = right + job * rank * columns;
+    if (bf16)
+      superpose(static_cast<uint16_t*>(jobs[job].target) + at, jobs[job].base + at, own, other, scales, rank, rows, columns);
+    else
+      superpose(static_cast<float*>(jobs[job].target) + at, jobs[job].base + at, own, other, scales, rank, rows, columns);
+  }
+}
 
 extern "C" void molf_pass(int64_t kind, const Job* jobs, int64_t count, int64_t threads, float lerp, float beta2,
                           float square, float eps, const float* clip, const float* inverse_root) {

@@ -103,19 +103,52 @@ class Passes:
             results |= zip(indices, found, strict=True)
         return [results[i] for i in range(len(jobs))]
 
+    def superpose(
+        self,
+        targets: Sequence[Tensor],
+        bases: Sequence[Tensor],
+        A: Tensor,
+        Bt: Tensor,
+        scales: Tensor,
+        transposed: bool,
+    ) -> bool:
+        """P = W + Σ s_i B_i A_i of K small layers of one shape, each element's sum in the order of the ranks.
+
+        The bits do not depend on how many layers there are, as those of a batched product do.
+
+        Args:
+            targets: P, each (out, in), or (in, out) if ``transposed``.
+            bases: W.
+            A: (K, R, in).
+            Bt: Bᵀ, (K, R, out).
+            scales: s_i over the ranks, (R,).
+            transposed: How P and W are laid out.
+
+        Returns:
+            False, and nothing is done, for what is not worth it or not compiled.
+        """
+        if not self.compiles or not targets:
+            return False
+        return bool(self._attempt(lambda compiler: compiler.superpose(targets, bases, A, Bt, scales, transposed)))
+
     def _compiled(self, function: Pass, jobs: Sequence[Job], shared: Any, by_row: bool) -> dict[int, Any]:
-        """Results of the jobs that run compiled, by their numbers; "auto" stops where compiling fails."""
-        compiler, results = self._get_compiler(), {}
+        """Results of the jobs that run compiled, by their numbers: if it fails, of those that had run."""
+        results: dict[int, Any] = {}
+        self._attempt(lambda compiler: results.update(compiler.run(function, jobs, shared, by_row)))
+        return results
+
+    def _attempt(self, call: Callable[[Any], Any]) -> Any:
+        """What the compiler's function returns; None where compiling fails, and "auto" has stopped then."""
+        compiler = self._get_compiler()
         try:
-            for i, result in compiler.run(function, jobs, shared, by_row):
-                results[i] = result
+            return call(compiler)
         except compiler.FAILED as error:
             reason = str(error).strip().split("\n")[0]
             if self.must_compile:
                 raise CompileError(f"compile=True, but compiling failed ({reason}): use compile=False") from error
             warnings.warn(f"MoLF's passes run uncompiled, which is slower: {reason}", stacklevel=2)
             self.compiles = False
-        return results
+            return None
 
     def _get_compiler(self) -> Any:
         if self._compiler is None and self._device.type == "cpu":

@@ -1,9 +1,9 @@
 """Routed modules as a step works on them: what is small of those of one shape, as one.
 
 What a step of small tensors costs is calls, not arithmetic. A ``Stack`` is K modules of one shape. Their virtual
-experts with these moments, and the moments of weights and biases that are small, lie in tensors that the modules
-share, each module's own being views of them, so that the calls of a step go by the number of stacks. Large weights stay
-as they are.
+experts with these moments, and the moments of weights and biases that are small, with their W or masters, lie in
+tensors that the modules share, each module's own being views of them, so that the calls of a step go by the number of
+stacks. Large weights stay as they are.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from .config import MoLFConfig
 from .layout import RoutedModule, Slot
 from .quantized import is_quantized
 from .sharding import is_distributed, local
+from .virtual import shares_storage
 
 STACK_FROM = 2**15
 """Tensors of the model with this many elements are not gathered: their gradients would be copied for nothing."""
@@ -59,7 +60,7 @@ class Part:
         turned: Whether rows are the tensor's columns, as of B.
         exp_avg: m of all; without meaning where nothing is trained.
         exp_avg_sq: v of all.
-        virtual: The value of all where it is in the state.
+        value: The precise value of all, where the state has it and in one tensor.
     """
 
     slots: list[Slot]
@@ -70,7 +71,7 @@ class Part:
     turned: bool
     exp_avg: Tensor
     exp_avg_sq: Tensor
-    virtual: Tensor | None = None
+    value: Tensor | None = None
 
     def joined(self, tensors: Sequence[Tensor]) -> Tensor:
         """One tensor per module as one of all; the only one as it is."""
@@ -134,7 +135,7 @@ class Stack:
 
     def virtual_pair(self) -> tuple[Tensor, Tensor]:
         """Virtual A (K, R, in) and Bᵀ (K, R, out)."""
-        A, B = (part.virtual for part in self.pair or () if part.virtual is not None)
+        A, B = (part.value for part in self.pair or () if part.value is not None)
         rank = len(A) // len(self)  # a process may hold no row of a weight, and so no column of B
         return A.view(len(self), rank, A.shape[1]), B.view(len(self), rank, B.shape[1])
 
@@ -224,10 +225,10 @@ class Stacks:
             self._steps[moved] += 1
 
     def _tensors(self) -> list[Tensor]:
-        """All that a stack refers to, themselves and not their ids, which are given again; a W comes and goes."""
+        """All that a stack refers to, themselves and not their ids, which are given again."""
         found = [parameter for group in self._groups for parameter in group["params"]]
         for entries in self._state.values():
-            found += [tensor for key, tensor in entries.items() if key != "base"]
+            found += entries.values()
         return found
 
     def _parameter(self, slot: Slot) -> Tensor:
@@ -285,11 +286,10 @@ class Stacks:
 
     def _make_other(self, others: Sequence[Unrouted]) -> OtherStack:
         parameters = [each.parameter for each in others]
-        states = [self._state[each] for each in parameters]
-        moments = (_shared(states, name, False, False) for name in MOMENTS)
         positions = [self.position[id(each)] for each in parameters]
-        part = Part([], range(len(others)), parameters, states, False, False, *moments)
-        return OtherStack(others[0].group, [each.name for each in others], positions, part)
+        return OtherStack(
+            others[0].group, [each.name for each in others], positions, self._part_of(parameters, MOMENTS)
+        )
 
     def _make(self, modules: Sequence[RoutedModule]) -> Stack:
         """A stack; of several modules, their moments and virtual experts become views of tensors that they share."""
@@ -317,19 +317,30 @@ class Stacks:
             return [self._part(listed, names)]
         return [self._part([slot], names, first=i) for i, slot in enumerate(listed)]
 
-    def _part(
+    def _part(self, slots: Sequence[Slot | None], names: Sequence[str], first: int = 0, **laid_out: bool) -> Part:
+        listed = [slot for slot in slots if slot is not None]
+        return self._part_of([self._parameter(slot) for slot in listed], names, listed, first, **laid_out)
+
+    def _part_of(
         self,
-        slots: Sequence[Slot | None],
+        parameters: list[Tensor],
         names: Sequence[str],
+        slots: Sequence[Slot] = (),
+        first: int = 0,
         by_row: bool = False,
         turned: bool = False,
-        first: int = 0,
     ) -> Part:
-        listed = [slot for slot in slots if slot is not None]
-        parameters = [self._parameter(slot) for slot in listed]
+        """A part of these; their moments, and their precise values where these are in the state, become its parts."""
         states = [self._state[each] for each in parameters]
         tensors = [_shared(states, name, by_row, turned) for name in names] or [torch.empty(0)] * 2
-        return Part(listed, range(first, first + len(listed)), parameters, states, by_row, turned, *tensors)
+        members = range(first, first + len(parameters))
+        own = (
+            "base" in state and not shares_storage(state["base"], each)
+            for each, state in zip(parameters, states, strict=True)
+        )
+        if len(tensors) == 2 and len(parameters) > 1 and all(own):
+            tensors.append(_shared(states, "base", by_row, turned))
+        return Part(list(slots), members, parameters, states, by_row, turned, *tensors)
 
 
 def gradient(parameter: Tensor) -> Tensor:
@@ -348,13 +359,23 @@ def _joined(stack: Tensor, by_row: bool) -> Tensor:
 
 
 def _shared(states: Sequence[dict[str, Tensor]], name: str, by_row: bool, turned: bool) -> Tensor:
-    """The entries of this name as one tensor; if there are several, they become its parts."""
+    """The entries of this name as one tensor; if there are several, they become its parts, or are so already."""
     tensors = [local(each[name]) for each in states]
     if turned:
         tensors = [tensor.T for tensor in tensors]
     if len(tensors) == 1:
         return tensors[0]
-    stack = torch.stack(tensors)
-    for each, own in zip(states, stack.unbind(), strict=True):
-        each[name] = own.T if turned else own
-    return _joined(stack, by_row)
+    whole = tensors[0]._base
+    if whole is None or not _are_parts(tensors, whole):
+        whole = torch.stack(tensors)
+        for each, own in zip(states, whole.unbind(), strict=True):
+            each[name] = own.T if turned else own
+    return _joined(whole, by_row)
+
+
+def _are_parts(tensors: Sequence[Tensor], whole: Tensor) -> bool:
+    """Whether they are all that a tensor holds, in its order."""
+    return whole.shape == (len(tensors), *tensors[0].shape) and all(
+        each._base is whole and each.data_ptr() == own.data_ptr() and each.is_contiguous()
+        for each, own in zip(tensors, whole.unbind(), strict=True)
+    )

@@ -15,6 +15,7 @@ from .checkpoint import check_loadable, with_bare_groups
 from .config import MoLFConfig
 from .guards import WrittenTensors
 from .layout import RoutedModule, Slot
+from .passes import Passes
 from .scalars import numbers
 from .sharding import ProcessesDifferError, Shards, compare_replicas, fitted, local
 from .stacks import Unrouted
@@ -47,7 +48,10 @@ class MoLFState(Optimizer):
             **{name: getattr(config, name) for name in _IN_EVERY_GROUP},
         }
         super().__init__(params, defaults)
-        self.shards = Shards.of(p for group in self.param_groups for p in group["params"])
+        every = [p for group in self.param_groups for p in group["params"]]
+        device = every[0].device if every else torch.device("cpu")
+        self._passes = Passes(config.compile, sum(p.numel() for p in every), device)
+        self.shards = Shards.of(every)
         for module in self.modules:
             if self._is_virtual(module):
                 weight = self._parameter(module.slots[0])
@@ -59,7 +63,7 @@ class MoLFState(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """All attributes but the caches and the hooks, so that copies and pickles work."""
-        own = ("config", "experts", "modules", "shards", "_written")
+        own = ("config", "experts", "modules", "shards", "_passes", "_written")
         return {
             **super().__getstate__(),
             **{name: getattr(self, name) for name in own},
@@ -121,11 +125,9 @@ class MoLFState(Optimizer):
         for module in self.modules:
             weight = self._parameter(module.slots[0])
             if self._is_virtual(module):
-                state = self.state[weight]
-                if local(state["lora_B"]).any():
+                if local(self.state[weight]["lora_B"]).any():
                     self._own_base(weight)
-                base, A, B = (local(each) for each in (state.get("base", weight), state["lora_A"], state["lora_B"]))
-                self._write_weight(weight, base, A, B, module.transposed)
+                self._write_module(module, weight)
             for slot in module.slots[int(self._is_virtual(module)) :]:
                 self._write(self._parameter(slot), {})
         for each in self._others():
@@ -209,15 +211,38 @@ class MoLFState(Optimizer):
         scales = self.config.scales
         return scales[0] if len(set(scales)) == 1 else self._per_rank(scales, like)
 
-    def _write_weight(self, weight: Tensor, base: Tensor, A: Tensor, B: Tensor, transposed: bool) -> None:
-        """Let a weight over virtual experts follow: P = W + Σ s_i B_i A_i, accumulated and rounded once."""
-        held, scales = local(weight), self._scales(A)
-        if virtual.shares_storage(base, held):
+    def _write_module(self, module: RoutedModule, target: Tensor) -> None:
+        """``_write_weights`` of one, to its weight or to a tensor like it."""
+        weight = self._parameter(module.slots[0])
+        state = self.state[weight]
+        base, A, B = (local(each) for each in (state.get("base", weight), state["lora_A"], state["lora_B"]))
+        self._write_weights([target], [base], A[None], B.T[None], module.transposed)
+
+    def _write_weights(
+        self, weights: Sequence[Tensor], bases: Sequence[Tensor], A: Tensor, Bt: Tensor, transposed: bool
+    ) -> None:
+        """Let weights of one shape over virtual experts follow: P = W + Σ s_i B_i A_i, accumulated and rounded once.
+
+        Args:
+            weights: P, K of them.
+            bases: W; nothing is done where it is the weight itself, as while B = 0.
+            A: Of all, (K, R, in).
+            Bt: Bᵀ, (K, R, out).
+            transposed: Whether a weight is (in, out).
+        """
+        held = [local(weight) for weight in weights]
+        own = [i for i, base in enumerate(bases) if not virtual.shares_storage(base, held[i])]
+        if len(own) < len(held):
+            weights, held, bases, A, Bt = *([each[i] for i in own] for each in (weights, held, bases)), A[own], Bt[own]
+        nearest = self.config.keep_base or not held or held[0].dtype != torch.bfloat16
+        if nearest and self._passes.superpose(held, bases, A, Bt, self._per_rank(self.config.scales, A), transposed):
             return
-        if base.dtype == held.dtype:
-            virtual.superpose(base, A, B, scales, transposed, out=held)
-        else:
-            self._store(weight, virtual.superpose(base, A, B, scales, transposed))
+        # one by one: a product of several at once rounds otherwise than of one, as after a resume
+        for weight, target, base, a, bt in zip(weights, held, bases, A.unbind(), Bt.unbind(), strict=True):
+            if base.dtype == target.dtype:
+                virtual.superpose(base, a, bt.T, self._scales(a), transposed, out=target)
+            else:
+                self._store(weight, virtual.superpose(base, a, bt.T, self._scales(a), transposed))
 
     def _write(self, parameter: Tensor, values: Mapping[int, Tensor]) -> None:
         """Let a tensor of the model follow its precise value: the master, or one of ``values``, by the tensor's id."""
@@ -248,11 +273,11 @@ class MoLFState(Optimizer):
                     yield name, local(parameter), local(self.state[parameter]["base"])
         for module in self.modules:
             weight = self._parameter(module.slots[0])
-            base = self.state[weight].get("base")
-            if self._is_virtual(module) and base is not None:
-                shared = virtual.shares_storage(base, weight)
-                held = local(weight)
-                yield module.name, held, held if shared else self._add_experts(module, local(base))
+            if self._is_virtual(module) and "base" in self.state[weight]:
+                expected = local(weight).clone()
+                if not virtual.shares_storage(self.state[weight]["base"], weight):
+                    self._write_module(module, expected)
+                yield module.name, local(weight), expected
 
     def _rewritten(self) -> Iterator[Tensor]:
         return (p for group in self.param_groups for p in group["params"] if "base" in self.state[p])

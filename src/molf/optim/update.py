@@ -16,14 +16,14 @@ from .adamw import Coefficients, Tracking, step_numbers
 from .config import MoLFConfig
 from .guards import GradientCheck
 from .layout import RoutedModule
-from .passes import Passes, adamw_all, unrouted_all
+from .passes import adamw_all, unrouted_all
 from .scalars import numbers
 from .sharding import first_row
 from .stacks import OtherStack, Part, Stack
 from .state import MoLFState
 
 Written = tuple[Part, Tensor, Sequence[Tensor], Sequence[int]]
-"""A part of several modules, its new value, where the modules keep theirs, and which of them take it."""
+"""A part of several modules, its new value, where the modules keep theirs if not there, and which of them take it."""
 
 
 class MoLFUpdate(MoLFState):
@@ -34,13 +34,10 @@ class MoLFUpdate(MoLFState):
     ) -> None:
         self._coefficients: dict[tuple[Any, ...], Coefficients] = {}
         super().__init__(params, config, modules)
-        every = [p for group in self.param_groups for p in group["params"]]
-        device = every[0].device if every else torch.device("cpu")
-        self._passes = Passes(config.compile, sum(p.numel() for p in every), device)
 
     def __getstate__(self) -> dict[str, Any]:
-        """As of the state, with the passes."""
-        return {**super().__getstate__(), "_passes": self._passes, "_coefficients": {}}
+        """As of the state."""
+        return {**super().__getstate__(), "_coefficients": {}}
 
     def _update(self, stacks: Sequence[Stack], winners: Mapping[str, Sequence[int]]) -> None:
         """AdamW for the winners of these modules, then P follows. Losers are not touched."""
@@ -52,13 +49,17 @@ class MoLFUpdate(MoLFState):
             won = [winners[module.name] for module in stack.modules]
             lora = [[index - first for index in best if index >= first] for best in won]
             if self._is_virtual(stack.modules[0]):
+                gathered = any(lora) and len(stack.weights) < len(stack)  # then a W of its own costs little
                 for module, moves in zip(stack.modules, lora, strict=True):
-                    if moves or not self.config.keep_base:
+                    if moves or gathered or not self.config.keep_base:
                         self._prepare_base(module, values)
             for part in stack.dense:
                 moving = [i for i, k in enumerate(part.members) if 0 in won[k]]
                 if moving:
-                    job = self._job(part, None, moving, values, written)
+                    winner = None
+                    if part.value is not None and len(moving) < len(part.members):
+                        winner = numbers([[i in moving] for i in range(len(part.members))], part.value, torch.bool)
+                    job = self._job(part, winner, moving, values, written)
                     jobs[self._key([self.param_groups[part.slots[0][0]]], stack.count, job)].append(job)
             if any(lora):
                 self._add_lora_jobs(jobs, stack, lora, values, written)
@@ -76,11 +77,9 @@ class MoLFUpdate(MoLFState):
         self, part: Part, winner: Tensor | None, which: Sequence[int], values: dict[int, Tensor], written: list[Written]
     ) -> tuple[Any, ...]:
         """What ``adamw_`` takes of a part. Values of several modules are gathered; ``written`` says what to do then."""
-        if part.virtual is not None:
-            return part.virtual, part.exp_avg, part.exp_avg_sq, None, winner
-        if len(part.parameters) > 1:
-            held = part.precise({})
-            value = part.joined(held)
+        if part.value is not None or len(part.parameters) > 1:
+            held = part.precise({}) if part.value is None else ()
+            value = part.joined(held) if part.value is None else part.value
             written.append((part, value, held, which))
             return value, part.exp_avg, part.exp_avg_sq, None, winner
         value, _, _, store = self._trained(part.parameters[0], values)
@@ -111,7 +110,8 @@ class MoLFUpdate(MoLFState):
 
     def _write_part(self, part: Part, joined: Tensor, held: Sequence[Tensor], which: Sequence[int]) -> None:
         """Let the tensors of several modules take their new values, and those of the model that follow a master."""
-        part.spread(joined, held, which)
+        if held:
+            part.spread(joined, held, which)
         if "base" in part.states[0] and "lora_A" not in part.states[0]:
             part.spread(joined, part.parameters, which)
 
@@ -121,13 +121,11 @@ class MoLFUpdate(MoLFState):
         for parameter in stack.parameters if values else ():
             if id(parameter) in values and not (virtual_experts and parameter.dim() == 2):
                 self._write(parameter, values)
-        # one by one: a product of several modules at once rounds otherwise than ``sync_weights``, so than a resume
         if virtual_experts:
             (A, Bt), transposed = stack.virtual_pair(), stack.modules[0].transposed
-            weights = [weight for part in stack.weights for weight in part.parameters]
-            bases = [base for part in stack.weights for base in part.precise(values)]
-            for weight, base, a, b in zip(weights, bases, A.unbind(), Bt.mT.unbind(), strict=True):
-                self._write_weight(weight, base, a, b, transposed)
+            for part in stack.weights:
+                members = slice(part.members.start, part.members.stop)
+                self._write_weights(part.parameters, part.precise(values), A[members], Bt[members], transposed)
 
     def _step_others(self, others: Sequence[OtherStack], grads: Sequence[Tensor], check: GradientCheck) -> None:
         """AdamW for what is not routed."""

@@ -248,12 +248,12 @@ def _of_step(optimizer: Any) -> tuple[int, int]:
     """
     sizes, summed = [], 0
     for stack in optimizer.stacks().all:
-        gathered = len(stack) > 1
+        gathered, virtual = len(stack) > 1, stack.modules[0].lora_A is None
         sizes += [_size(part.exp_avg) for part in stack.dense if len(part.members) > 1]
         for factor, part in enumerate(stack.pair or ()):
-            if gathered or part.virtual is not None or part.turned:  # a real adapter's B is scaled
+            if gathered or virtual or part.turned:  # a real adapter's B is scaled
                 sizes.append(_size(part.exp_avg))
-            if part.virtual is not None and factor == int(stack.modules[0].transposed):
+            if virtual and factor == int(stack.modules[0].transposed):
                 summed += _size(part.exp_avg)
     return sum(sizes) + STEP_TENSORS * max([4 * BLOCK, *sizes]), summed
 
