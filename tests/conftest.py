@@ -14,6 +14,9 @@ os.environ |= {
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+
 
 @pytest.fixture(autouse=True)
 def _deterministic():

@@ -58,37 +58,38 @@ def step(made: nn.Module, optimizer: Any, number: int) -> list[tuple[str, ...]]:
 
 
 @pytest.fixture
-def one_wait(monkeypatch) -> Iterator[list[int]]:
-    """Any wait for the device is an error but for the read of the winners, of which it keeps the count."""
-    waits: list[int] = []
+def reads(monkeypatch) -> Iterator[list[int]]:
+    """Where waits for the device are errors, the read of the winners is none; it keeps the count of them."""
+    found: list[int] = []
     read = routing.to_host
 
     def counted(rows: torch.Tensor) -> list[list[float]]:
-        waits.append(1)
+        found.append(1)
+        mode = torch.cuda.get_sync_debug_mode()
         torch.cuda.set_sync_debug_mode("default")
         listed = read(rows)
-        torch.cuda.set_sync_debug_mode("error")
+        torch.cuda.set_sync_debug_mode(mode)
         return listed
 
     monkeypatch.setattr(routing, "to_host", counted)
-    yield waits
+    yield found
     torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_step_waits_once(one_wait, name: str, compiled: bool) -> None:
+def test_a_step_waits_once(reads, name: str, compiled: bool) -> None:
     made = model(torch.bfloat16)
     optimizer = optimizer_of(made, compile=compiled, **VARIANTS[name])
     for number in range(3):
         step(made, optimizer, number)
-    one_wait.clear()
+    reads.clear()
     for number in range(3, 6):
         give_gradients(made, number)
         torch.cuda.set_sync_debug_mode("error")
         optimizer.step()
         torch.cuda.set_sync_debug_mode("default")
-    assert len(one_wait) == 3
+    assert len(reads) == 3
 
 
 def test_the_trace_of_a_step_has_one_wait() -> None:
@@ -167,3 +168,15 @@ def test_resume_is_exact(tmp_path, dtype: torch.dtype) -> None:
     for number in range(4, 8):
         assert step(made, optimizer, number) == step(again, resumed, number)
     torch.testing.assert_close(again.state_dict(), made.state_dict(), rtol=0, atol=0)
+
+
+def test_stores_are_rounded_as_torch_does() -> None:
+    """Masters of what is not routed to their bf16 parameters: every bit."""
+    made = model(torch.bfloat16)
+    optimizer = optimizer_of(made, compile=True, expert_ranks=(8,), train_other=True)
+    for number in range(3):
+        step(made, optimizer, number)
+    others = [p for p in made.parameters() if "lora_A" not in optimizer.state[p]]
+    assert len(others) == 8
+    for parameter in others:
+        assert torch.equal(parameter, optimizer.state[parameter]["base"].bfloat16())

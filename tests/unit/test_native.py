@@ -36,9 +36,9 @@ def close(found: torch.Tensor, expected: torch.Tensor, ulps: int = 4) -> None:
 def test_moments_and_sums(score_fn: str, betas: tuple[float, float], grad_dtype: torch.dtype) -> None:
     shared = Tracking(betas, 1e-8, score_fn, torch.tensor(0.7))
     ours, theirs = ([tensors(shape, i, grad_dtype) for i, shape in enumerate(SHAPES)] for _ in range(2))
-    found = run(passes.track_all, [(*each[:3], None) for each in ours], shared, by_row=True)
+    found = run(passes.track_all, [tuple(each[:3]) for each in ours], shared, by_row=True)
     for each, (grad, m, v, _), sums in zip(ours, theirs, found, strict=True):
-        expected = track_(grad, m, v, None, shared)
+        expected = track_(grad, m, v, shared)
         close(each[1], m)
         close(each[2], v)
         assert sums.shape == expected.shape
@@ -94,7 +94,7 @@ def test_sums_do_not_depend_on_the_number_of_threads() -> None:
     threads = torch.get_num_threads()
     for number in (1, 2, 3):
         torch.set_num_threads(number)
-        jobs = [(*tensors((40, 700), 1)[:3], None), (*tensors((30_000,), 2)[:3], None)]
+        jobs = [tuple(tensors((40, 700), 1)[:3]), tuple(tensors((30_000,), 2)[:3])]
         found.append([*run(passes.track_all, jobs, Tracking((0.9, 0.999), 1e-8, "epd"), by_row=True), *jobs[0][1:3]])
     torch.set_num_threads(threads)
     for other in found[1:]:
@@ -114,16 +114,16 @@ def test_autograd_sees_what_was_written() -> None:
     "change",
     [
         lambda job: (job[0].double(), *job[1:]),
-        lambda job: (*(t.double() for t in job[:3]), None),
-        lambda job: (*(t.T for t in job[:3]), None),
+        lambda job: tuple(t.double() for t in job),
+        lambda job: tuple(t.T for t in job),
         lambda job: (job[0].half(), *job[1:]),
     ],
 )
 def test_other_tensors_are_left_to_torch(change) -> None:
     shared = Tracking((0.9, 0.999), 1e-8, "epd")
-    job = (*tensors((6, 9), 0)[:3], None)
+    job = tuple(tensors((6, 9), 0)[:3])
     assert not dict(native.Native().run(passes.track_all, [job], shared._replace(gate=torch.tensor(True))))
-    ours, theirs = change(job), change((*tensors((6, 9), 0)[:3], None))
+    ours, theirs = change(job), change(tuple(tensors((6, 9), 0)[:3]))
     assert not dict(native.Native().run(passes.track_all, [ours], shared))
     found = passes.Passes(True, 0, torch.device("cpu")).run(passes.track_all, [ours], shared, by_row=True)
     assert torch.equal(found[0], track_(*theirs, shared))
@@ -143,11 +143,11 @@ def test_without_a_working_compiler_auto_warns_and_true_is_an_error(monkeypatch,
     monkeypatch.setenv("CXX", compiler)
     native._library.cache_clear()
     shared = Tracking((0.9, 0.999), 1e-8, "epd")
-    job = (*tensors((6, 9), 0)[:3], None)
+    job = tuple(tensors((6, 9), 0)[:3])
     automatic = passes.Passes("auto", 2**30, torch.device("cpu"))
     with pytest.warns(UserWarning, match=f"run uncompiled, which is slower: .*{reason}"):
         found = automatic.run(passes.track_all, [job], shared, by_row=True)
-    assert torch.equal(found[0], track_(*tensors((6, 9), 0)[:3], None, shared))
+    assert torch.equal(found[0], track_(*tensors((6, 9), 0)[:3], shared))
     assert not automatic.compiles
     with pytest.raises(RuntimeError, match=rf"compile=True, but compiling failed .*{reason}.*use compile=False"):
         passes.Passes(True, 0, torch.device("cpu")).run(passes.track_all, [job], shared)
@@ -162,7 +162,7 @@ def test_without_a_temporary_folder_auto_warns(monkeypatch) -> None:
     native._library.cache_clear()
     automatic = passes.Passes("auto", 2**30, torch.device("cpu"))
     with pytest.warns(UserWarning, match="No usable temporary directory"):
-        automatic.run(passes.track_all, [(*tensors((6, 9), 0)[:3], None)], Tracking((0.9, 0.999), 1e-8, "epd"))
+        automatic.run(passes.track_all, [tuple(tensors((6, 9), 0)[:3])], Tracking((0.9, 0.999), 1e-8, "epd"))
 
 
 @pytest.mark.parametrize("by_row", [False, True])
@@ -173,7 +173,7 @@ def test_sums_of_nothing_are_zero(monkeypatch, shape: tuple[int, ...], by_row: b
     monkeypatch.setattr(
         torch.Tensor, "new_empty", lambda self, *shape, **more: new_empty(self, *shape, **more).fill_(7)
     )
-    (found,) = run(passes.track_all, [(*tensors(shape, 0)[:3], None)], Tracking((0.9, 0.999), 1e-8, "epd"), by_row)
+    (found,) = run(passes.track_all, [tuple(tensors(shape, 0)[:3])], Tracking((0.9, 0.999), 1e-8, "epd"), by_row)
     assert found.sum() == 0
 
 
@@ -182,7 +182,7 @@ def test_a_subclass_whose_data_is_elsewhere_is_left_to_torch() -> None:
         pass
 
     job = tuple(t.as_subclass(Elsewhere) for t in tensors((6, 9), 0)[:3])
-    assert not dict(native.Native().run(passes.track_all, [(*job, None)], Tracking((0.9, 0.999), 1e-8, "epd")))
+    assert not dict(native.Native().run(passes.track_all, [tuple(job)], Tracking((0.9, 0.999), 1e-8, "epd")))
 
 
 def test_nothing_of_it_is_left_on_disk(monkeypatch, tmp_path) -> None:

@@ -185,7 +185,7 @@ def test_a_step_of_small_layers_makes_as_many_calls_at_any_depth(config):
         model(input_ids=ids, labels=ids).loss.backward()
         with _Calls() as calls:
             optimizer.step()
-        counts.append(Counter(name for name in calls.names if name != "permute"))  # a view, of each B
+        counts.append(Counter(name for name in calls.names if name not in ("permute", "transpose")))  # views of each B
     written = 4 * 7 if config.policy == "fixed-lora" else 0
     assert counts[1] - counts[0] == Counter({"addmm": written, "mul": written}) + Counter()
     assert not counts[0] - counts[1]

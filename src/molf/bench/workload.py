@@ -112,7 +112,7 @@ class OptimizerStep(Workload):
         self._give_gradients()
         optimizer, device = self.optimizer, self.settings.device
         virtual = isinstance(optimizer, MoLFAdamW) and any(module.lora_A is None for module in optimizer.modules)
-        timed = {"gradients": "_gradients", "rewrite": "_write_stack"} if virtual else {}
+        timed = {"gradients": "_gradients", "rewrite": "_write_products"} if virtual else {}
         with calls_timed(optimizer, timed, device) as spans:
             start = clock(device)
             for _ in range(steps):

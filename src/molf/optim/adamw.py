@@ -114,7 +114,7 @@ def update_moments_(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, t: Tracki
     return m, v
 
 
-def track_(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, ones: Tensor | None, t: Tracking) -> Tensor:
+def track_(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, t: Tracking) -> Tensor:
     """Advance the moments and sum what the score of an expert sums over its elements, along the last dimension.
 
     "epd": m² / (√v + ε);  "pfn": (m / (√v + ε))²;  of the new moments, without bias correction.
@@ -123,14 +123,10 @@ def track_(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, ones: Tensor | Non
         grad: g, of the moments' shape and any floating dtype.
         exp_avg: m, in place.
         exp_avg_sq: v, in place.
-        ones: A column of ones for a matrix that is compiled, or None. What varies along the rows keeps Inductor from
-            flattening the loop that stores m and v, so that it becomes one with the loop that sums each row.
         t: The numbers.
 
     Source: arXiv:2605.07111, section 4.3.
     """
-    if ones is not None:
-        grad = grad * ones
     m, v = update_moments_(grad, exp_avg, exp_avg_sq, t)
     root = v.sqrt().add_(t.eps)
     terms = m.square().div_(root) if t.score_fn == "epd" else torch.div(m, root).square_()
@@ -151,9 +147,7 @@ def adamw_(
         c: The coefficients, broadcastable to θ.
     """
     m, v = as_float(exp_avg), as_float(exp_avg_sq)
-    root = v.sqrt()
-    root = root * c.inverse_root if torch.compiler.is_compiling() else root / c.root_correction
-    denominator = root.add_(c.eps)
+    denominator = (v.sqrt() / c.root_correction).add_(c.eps)
     update = (m * c.step_size).div_(denominator)
     if winner is None:
         value.mul_(c.decay).add_(update)

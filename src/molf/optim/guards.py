@@ -38,7 +38,7 @@ class WrittenTensors:
 
     def remember(self, tensors: Iterable[Tensor]) -> None:
         """Take the tensors as they are now."""
-        self._versions = [(id(tensor), local(tensor)._version) for tensor in tensors]
+        self._versions = _versions(tensors)
 
     def check(self, tensors: Iterable[Tensor], derived: Callable[[], Iterable[tuple[str, Tensor, Tensor]]]) -> None:
         """Raise if a tensor no longer holds what the state says.
@@ -50,7 +50,7 @@ class WrittenTensors:
         Raises:
             RuntimeError: Naming the tensor; the step would have undone the change.
         """
-        now = [(id(tensor), local(tensor)._version) for tensor in tensors]
+        now = _versions(tensors)
         if now == self._versions:
             return
         for name, tensor, content in derived():
@@ -62,20 +62,32 @@ class WrittenTensors:
         self._versions = now
 
 
-def check_gradient(name: str, parameter: Tensor, state: dict[str, Any], keep_base: bool) -> None:
-    """Refuse a gradient that has no moments, and a parameter whose dtype is no longer that of its moments.
+def _versions(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
+    return [(id(tensor), local(tensor)._version) for tensor in tensors]
+
+
+def check_dtype(name: str, parameter: Tensor, state: dict[str, Any], keep_base: bool) -> None:
+    """Refuse a parameter whose dtype is no longer that of its moments.
 
     Raises:
-        ValueError: If the gradient is sparse.
         RuntimeError: If the model was converted after its optimizer was made.
     """
-    if parameter.grad is not None and parameter.grad.is_sparse:
-        raise ValueError(f"{name} has a sparse gradient, which has no moments: make its layer with sparse=False")
     if "base" in state or "exp_avg" not in state:
         return
     dtype = moment_dtype(parameter)
     if state["exp_avg"].dtype != dtype or (keep_base and parameter.dtype != dtype):
         raise RuntimeError(f"{name} is {parameter.dtype} now: convert the model before its optimizer is made")
+
+
+def refuse_sparse(names: Iterable[str], parameters: Iterable[Tensor]) -> None:
+    """Refuse gradients that have no moments.
+
+    Raises:
+        ValueError: If one is sparse.
+    """
+    for name, parameter in zip(names, parameters, strict=True):
+        if (grad := parameter.grad) is not None and grad.is_sparse:
+            raise ValueError(f"{name} has a sparse gradient, which has no moments: make its layer with sparse=False")
 
 
 @dataclass(frozen=True)

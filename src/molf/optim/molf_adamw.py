@@ -142,7 +142,8 @@ class MoLFAdamW(MoLFStep):
         self._remember_written()
 
     def _has_gradients(self, module: RoutedModule) -> bool:
-        present = [self._parameter(slot).grad is not None for slot in module.slots]
+        groups = self.param_groups
+        present = [groups[group]["params"][index].grad is not None for group, index in module.slots]
         if any(present) and not all(present):
             raise RuntimeError(
                 f"{module.name}: some of its weight, bias and adapter have a gradient and some have none; "

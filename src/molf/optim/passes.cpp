@@ -142,47 +142,52 @@ void run(const Job* jobs, int64_t count, Numbers c, int64_t threads) {
 }
 
 struct Product {
-  void* target;       // P, fp32 or bf16
-  const float* base;  // W
+  void* target;        // P (rows, columns), fp32 or bf16
+  const float* base;   // W
+  const float* left;   // (rank, rows)
+  const float* right;  // (rank, columns)
+  int64_t rows, columns;
+  int64_t bf16;  // whether P is
 };
 
-// One row of P = W + Σ s_r left_r right_r: of the row's own elements of left, (rank, rows) from ``left`` on.
+// One row of P = W + Σ s_r left_r right_r, every element's sum in the order of the ranks.
 template <class Target>
-void superpose(Target* target, const float* base, const float* left, const float* right, const float* scales,
-               int64_t rank, int64_t rows, int64_t columns) {
-  for (int64_t start = 0; start < columns; start += BLOCK) {
-    const int64_t count = std::min(BLOCK, columns - start);
+void superpose(const Product& job, int64_t row, const float* scales, int64_t rank) {
+  Target* target = static_cast<Target*>(job.target) + row * job.columns;
+  const float* base = job.base + row * job.columns;
+  for (int64_t start = 0; start < job.columns; start += BLOCK) {
+    const int64_t count = std::min(BLOCK, job.columns - start);
     float sums[BLOCK] = {};
     for (int64_t r = 0; r < rank; ++r) {
-      const float factor = scales[r] * left[r * rows];
-      const float* row = right + r * columns + start;
+      const float factor = scales[r] * job.left[r * job.rows + row];
+      const float* right = job.right + r * job.columns + start;
       if (count == BLOCK)
-        for (int64_t i = 0; i < BLOCK; ++i) sums[i] += factor * row[i];
+        for (int64_t i = 0; i < BLOCK; ++i) sums[i] += factor * right[i];
       else
-        for (int64_t i = 0; i < count; ++i) sums[i] += factor * row[i];
+        for (int64_t i = 0; i < count; ++i) sums[i] += factor * right[i];
     }
-    for (int64_t i = 0; i < count; ++i) {
-      const float value = base[start + i] + sums[i];
-      if constexpr (std::is_same_v<Target, float>) target[start + i] = value;
-      else target[start + i] = rounded(value);
+    for (int64_t i = start; i < start + count; ++i) {
+      const float value = base[i] + sums[i - start];
+      if constexpr (std::is_same_v<Target, float>) target[i] = value;
+      else target[i] = rounded(value);
     }
   }
 }
 
 }  // namespace
 
-// P of layers of one shape: left is (count, rank, rows), right (count, rank, columns), scales (rank,).
-extern "C" void molf_superpose(const Product* jobs, int64_t count, int64_t threads, const float* left,
-                               const float* right, const float* scales, int64_t rank, int64_t rows, int64_t columns,
-                               int64_t bf16) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t i = 0; i < count * rows; ++i) {
-    const int64_t job = i / rows, row = i % rows, at = row * columns;
-    const float *own = left + job * rank * rows + row, *other = right + job * rank * columns;
-    if (bf16)
-      superpose(static_cast<uint16_t*>(jobs[job].target) + at, jobs[job].base + at, own, other, scales, rank, rows, columns);
-    else
-      superpose(static_cast<float*>(jobs[job].target) + at, jobs[job].base + at, own, other, scales, rank, rows, columns);
+extern "C" void molf_superpose(const Product* jobs, int64_t count, int64_t threads, const float* scales, int64_t rank) {
+  std::vector<int64_t> first(count + 1, 0);  // the first row of each job
+  for (int64_t i = 0; i < count; ++i) first[i + 1] = first[i] + jobs[i].rows;
+#pragma omp parallel num_threads(threads)
+  {
+    int64_t i = 0;
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < first[count]; ++row) {
+      while (row >= first[i + 1]) ++i;
+      if (jobs[i].bf16) superpose<uint16_t>(jobs[i], row - first[i], scales, rank);
+      else superpose<float>(jobs[i], row - first[i], scales, rank);
+    }
   }
 }
 

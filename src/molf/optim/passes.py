@@ -2,7 +2,7 @@
 
 In blocks: a large tensor is cut into pieces and small ones of equal shape are stacked, so that no temporary exceeds
 ``BLOCK`` elements and the number of calls does not grow with the number of small layers. Compiled, each pass is one
-loop over memory: by the C++ compiler on a CPU (``native.py``), by Inductor on a GPU (``inductor.py``).
+loop over memory: by the C++ compiler on a CPU (``native.py``), by Triton on a GPU (``kernels.py``).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Job = tuple[Any, ...]
 
 
 def track_all(jobs: Sequence[Any], shared: Any) -> list[Tensor]:
-    """``track_`` of every job (grad, m, v, ones)."""
+    """``track_`` of every job (grad, m, v)."""
     return [track_(*(*job, shared)) for job in jobs]
 
 
@@ -103,33 +103,16 @@ class Passes:
             results |= zip(indices, found, strict=True)
         return [results[i] for i in range(len(jobs))]
 
-    def superpose(
-        self,
-        targets: Sequence[Tensor],
-        bases: Sequence[Tensor],
-        A: Tensor,
-        Bt: Tensor,
-        scales: Tensor,
-        transposed: bool,
-    ) -> bool:
-        """P = W + Σ s_i B_i A_i of K small layers of one shape, each element's sum in the order of the ranks.
+    def superpose(self, products: Sequence[Any], scales: Tensor) -> list[int]:
+        """P = W + Σ s_i B_i A_i of layers, compiled; returns which were: the others are left to torch.
 
-        The bits do not depend on how many layers there are, as those of a batched product do.
+        The bits of a P do not depend on what else is written with it, as those of a batched product do.
 
         Args:
-            targets: P, each (out, in), or (in, out) if ``transposed``.
-            bases: W.
-            A: (K, R, in).
-            Bt: Bᵀ, (K, R, out).
+            products: ``Product`` of each.
             scales: s_i over the ranks, (R,).
-            transposed: How P and W are laid out.
-
-        Returns:
-            False, and nothing is done, for what is not worth it or not compiled.
         """
-        if not self.compiles or not targets:
-            return False
-        return bool(self._attempt(lambda compiler: compiler.superpose(targets, bases, A, Bt, scales, transposed)))
+        return self._attempt(lambda compiler: compiler.superpose(products, scales)) or [] if self.compiles else []
 
     def _compiled(self, function: Pass, jobs: Sequence[Job], shared: Any, by_row: bool) -> dict[int, Any]:
         """Results of the jobs that run compiled, by their numbers: if it fails, of those that had run."""
@@ -156,9 +139,9 @@ class Passes:
 
             self._compiler = Native()
         elif self._compiler is None:
-            from .inductor import Inductor
+            from .kernels import Kernels
 
-            self._compiler = Inductor()
+            self._compiler = Kernels()
         return self._compiler
 
 

@@ -224,9 +224,10 @@ class Stacks:
         else:
             self._steps[moved] += 1
 
-    def _tensors(self) -> list[Tensor]:
-        """All that a stack refers to, themselves and not their ids, which are given again."""
-        found = [parameter for group in self._groups for parameter in group["params"]]
+    def _tensors(self) -> list[Any]:
+        """All that a stack refers to, themselves and not their ids, which are given again, and the model's dtypes."""
+        found: list[Any] = [parameter for group in self._groups for parameter in group["params"]]
+        found += [parameter.dtype for parameter in found]
         for entries in self._state.values():
             found += entries.values()
         return found

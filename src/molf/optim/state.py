@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from .passes import Passes
 from .scalars import numbers
 from .sharding import ProcessesDifferError, Shards, compare_replicas, fitted, local
 from .stacks import Unrouted
+from .virtual import Product, product
 
 _IN_EVERY_GROUP = tuple("betas eps expert_ranks scales score_fn top_k policy random_shares policy_seed".split())
 
@@ -127,7 +129,7 @@ class MoLFState(Optimizer):
             if self._is_virtual(module):
                 if local(self.state[weight]["lora_B"]).any():
                     self._own_base(weight)
-                self._write_module(module, weight)
+                self._write_products([self._product(module, weight, self.state[weight].get("base", weight))])
             for slot in module.slots[int(self._is_virtual(module)) :]:
                 self._write(self._parameter(slot), {})
         for each in self._others():
@@ -200,49 +202,34 @@ class MoLFState(Optimizer):
         if "base" in state and virtual.shares_storage(state["base"], weight):
             state["base"] = weight.detach().clone()
 
-    def _add_experts(self, module: RoutedModule, base: Tensor, sign: int = 1) -> Tensor:
-        """``base`` ± Σ s_i B_i A_i, laid out like the weight."""
+    def _product(self, module: RoutedModule, target: Tensor, base: Tensor) -> Product:
+        """What P = W + Σ s_i B_i A_i is made of; ``target`` takes P, or is W where P is not wanted."""
         state = self.state[self._parameter(module.slots[0])]
-        A, B = local(state["lora_A"]), local(state["lora_B"])
-        return virtual.superpose(base, A, B, self._scales(B), module.transposed, sign)
+        return product(local(target), local(base), local(state["lora_A"]), local(state["lora_B"]).T, module.transposed)
 
     def _scales(self, like: Tensor) -> float | Tensor:
         """The scale s of the LoRA experts: a number where all have the same, else one per rank, (R,)."""
         scales = self.config.scales
         return scales[0] if len(set(scales)) == 1 else self._per_rank(scales, like)
 
-    def _write_module(self, module: RoutedModule, target: Tensor) -> None:
-        """``_write_weights`` of one, to its weight or to a tensor like it."""
-        weight = self._parameter(module.slots[0])
-        state = self.state[weight]
-        base, A, B = (local(each) for each in (state.get("base", weight), state["lora_A"], state["lora_B"]))
-        self._write_weights([target], [base], A[None], B.T[None], module.transposed)
+    def _write_products(self, products: Sequence[Product]) -> None:
+        """Let weights over virtual experts follow: P = W + Σ s_i B_i A_i, accumulated and rounded once.
 
-    def _write_weights(
-        self, weights: Sequence[Tensor], bases: Sequence[Tensor], A: Tensor, Bt: Tensor, transposed: bool
-    ) -> None:
-        """Let weights of one shape over virtual experts follow: P = W + Σ s_i B_i A_i, accumulated and rounded once.
-
-        Args:
-            weights: P, K of them.
-            bases: W; nothing is done where it is the weight itself, as while B = 0.
-            A: Of all, (K, R, in).
-            Bt: Bᵀ, (K, R, out).
-            transposed: Whether a weight is (in, out).
+        Nothing is done where W is the weight itself, as while B = 0.
         """
-        held = [local(weight) for weight in weights]
-        own = [i for i, base in enumerate(bases) if not virtual.shares_storage(base, held[i])]
-        if len(own) < len(held):
-            weights, held, bases, A, Bt = *([each[i] for i in own] for each in (weights, held, bases)), A[own], Bt[own]
-        nearest = self.config.keep_base or not held or held[0].dtype != torch.bfloat16
-        if nearest and self._passes.superpose(held, bases, A, Bt, self._per_rank(self.config.scales, A), transposed):
-            return
-        # one by one: a product of several at once rounds otherwise than of one, as after a resume
-        for weight, target, base, a, bt in zip(weights, held, bases, A.unbind(), Bt.unbind(), strict=True):
-            if base.dtype == target.dtype:
-                virtual.superpose(base, a, bt.T, self._scales(a), transposed, out=target)
-            else:
-                self._store(weight, virtual.superpose(base, a, bt.T, self._scales(a), transposed))
+        places: dict[torch.device, list[Product]] = defaultdict(list)
+        for each in products:
+            if not virtual.shares_storage(each.base, each.target):
+                places[each.base.device].append(each)
+        for listed in places.values():
+            scales, nearest = self._per_rank(self.config.scales, listed[0].left), self.config.keep_base
+            taken = set(self._passes.superpose(listed, scales) if nearest else ())
+            # one by one: a product of several at once rounds otherwise than of one, as after a resume
+            for each in (each for i, each in enumerate(listed) if i not in taken):
+                if each.base.dtype == each.target.dtype:
+                    virtual.superpose(each, self._scales(each.left), out=each.target)
+                else:
+                    self._store(each.target, virtual.superpose(each, self._scales(each.left)))
 
     def _write(self, parameter: Tensor, values: Mapping[int, Tensor]) -> None:
         """Let a tensor of the model follow its precise value: the master, or one of ``values``, by the tensor's id."""
@@ -262,8 +249,9 @@ class MoLFState(Optimizer):
         if "base" in self.state[weight]:
             self._own_base(weight)
         else:
-            dtype = moment_dtype(weight)
-            values[id(weight)] = self._add_experts(module, local(weight.detach()).to(dtype), sign=-1)
+            held = local(weight.detach()).to(moment_dtype(weight))
+            experts = self._product(module, held, held)
+            values[id(weight)] = virtual.superpose(experts, self._scales(held), sign=-1)
 
     def _derived(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """The model's tensors that this optimizer rewrites from its state: name, tensor, and what it has to hold."""
@@ -276,7 +264,7 @@ class MoLFState(Optimizer):
             if self._is_virtual(module) and "base" in self.state[weight]:
                 expected = local(weight).clone()
                 if not virtual.shares_storage(self.state[weight]["base"], weight):
-                    self._write_module(module, expected)
+                    self._write_products([self._product(module, expected, self.state[weight]["base"])])
                 yield module.name, local(weight), expected
 
     def _rewritten(self) -> Iterator[Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from . import virtual
 from .adamw import Tracking
 from .config import MoLFConfig
-from .guards import GradientCheck, check_gradient, check_gradients, look_at
+from .guards import GradientCheck, check_dtype, check_gradients, look_at, refuse_sparse
 from .layout import RoutedModule, Slot
 from .passes import track_all
 from .policy import priorities
@@ -52,6 +53,9 @@ class MoLFStep(MoLFUpdate):
     def stacks(self) -> Stacks:
         """The modules as a step works on them; made anew when someone has replaced a tensor of the optimizer."""
         if self._stacks is None or not self._stacks.fit(self.param_groups, self.state):
+            for group in self.param_groups:
+                for name, parameter in zip(group["param_names"], group["params"], strict=True):
+                    check_dtype(name, parameter, self.state[parameter], self.config.keep_base)
             self._stacks = Stacks(self.modules, self._others(), self.param_groups, self.state, self.config)
         return self._stacks
 
@@ -85,12 +89,12 @@ class MoLFStep(MoLFUpdate):
             check.raise_if_broken(check.gate is None or bool(check.gate))
             return check, {}
         sums = self._track(stacks, grads, check)
+        scores = self._scores(stacks, sums)
         active = [module for stack in stacks for module in stack.modules]
         counts = [stack.count for stack in stacks for _ in stack.modules]
         if list(order) != list(range(len(order))):
             active, counts = [active[i] for i in order], [counts[i] for i in order]
-            sums = sums[numbers(order, sums, torch.long)]
-        scores = self._scores(active, sums)
+            scores = scores[numbers(order, scores, torch.long)]
         names = tuple(module.name for module in active)
         decision = decide(names, scores, self.config.top_k, self._priorities(active, scores, counts), check.gate)
         check.raise_if_broken(decision.finite)
@@ -112,11 +116,13 @@ class MoLFStep(MoLFUpdate):
             raise RuntimeError(f"{first.name} has virtual experts without a weight")
         values = stack.virtual_pair()
         found = torch.empty_like(values[0]), torch.empty_like(values[1])
+        dtype = weights[0].dtype if virtual.multiplies(weights[0]) else values[0].dtype
+        scales, values = self._scales(values[0]), (values[0].to(dtype), values[1].to(dtype))
         for part, G in zip(stack.weights, weights, strict=True):
             several = len(part.members) > 1
-            G = (G.view(len(stack), *part.parameters[0].shape) if several else G).to(values[0].dtype)
+            G = (G.view(len(stack), *part.parameters[0].shape) if several else G).to(dtype)
             own = [each if several else each[part.members.start] for each in (*values, *found)]
-            virtual.gradients(G.mT if first.transposed else G, own[0], own[1], self._scales(own[0]), (own[2], own[3]))
+            virtual.gradients(G.mT if first.transposed else G, own[0], own[1], scales, (own[2], own[3]))
         return Gradients(dense, [each.flatten(0, 1) for each in found])
 
     def _track(self, stacks: Sequence[Stack], grads: Sequence[Gradients], check: GradientCheck) -> Tensor:
@@ -124,16 +130,16 @@ class MoLFStep(MoLFUpdate):
         columns = []
         if self.config.train_base:
             jobs = [
-                (g, part.exp_avg, part.exp_avg_sq, None)
+                (g, part.exp_avg, part.exp_avg_sq)
                 for stack, each in zip(stacks, grads, strict=True)
                 for g, part in zip(each.dense, stack.dense, strict=True)
             ]
             rows = [len(part.members) for stack in stacks for part in stack.dense]
-            found = iter(self._run_tracking("dense", jobs, rows, check))
-            columns.append(join([_total([next(found) for _ in stack.dense], stack) for stack in stacks])[:, None])
+            found = self._run_tracking("dense", jobs, rows, check)
+            columns.append(_totals(stacks, found)[:, None])
         if self.config.expert_ranks:
             jobs = [
-                (g, part.exp_avg, part.exp_avg_sq, None)
+                (g, part.exp_avg, part.exp_avg_sq)
                 for stack, each in zip(stacks, grads, strict=True)
                 for g, part in zip(each.pair, stack.pair or (), strict=True)
             ]
@@ -141,8 +147,7 @@ class MoLFStep(MoLFUpdate):
             if self.shards is not None:
                 sums = self._own_sums(stacks, sums, self.shards)
             per_rank = join(sums[0::2]).add_(join(sums[1::2])).view(-1, sum(self.config.expert_ranks))
-            experts = per_rank.new_zeros(len(per_rank), len(self._lora_experts))
-            columns.append(experts.index_add_(1, self._segments_on(per_rank.device), per_rank))
+            columns += [own.sum(1, keepdim=True) for own in per_rank.split(list(self.config.expert_ranks), 1)]
         total = torch.cat([column.to(columns[0]) for column in columns], 1)
         return total if self.shards is None else self.shards.add_up([total])[0]
 
@@ -175,13 +180,14 @@ class MoLFStep(MoLFUpdate):
                 shares.append(share)
         return shares
 
-    def _scores(self, active: Sequence[RoutedModule], sums: Tensor) -> Tensor:
+    def _scores(self, stacks: Sequence[Stack], sums: Tensor) -> Tensor:
         """Scores (M, E) from the sums: (η_i / N_i) Σ for "epd", √(Σ / N_i) for "pfn".  Source: section 4.3."""
         rates = [float(self._group(expert)["lr"]) for expert in self.experts]
-        if self.config.score_fn == "epd":
-            factors = [[rate / size for rate, size in zip(rates, m.sizes, strict=True)] for m in active]
-            return sums * numbers(factors, sums)
-        return (sums / numbers([module.sizes for module in active], sums)).sqrt_()
+        epd, factors = self.config.score_fn == "epd", []
+        for stack in stacks:
+            sizes = stack.modules[0].sizes
+            factors += [[rate / size for rate, size in zip(rates, sizes, strict=True)] if epd else sizes] * len(stack)
+        return sums * numbers(factors, sums) if epd else (sums / numbers(factors, sums)).sqrt_()
 
     def _priorities(self, active: Sequence[RoutedModule], scores: Tensor, counts: Sequence[float]) -> Tensor | None:
         """What decides in place of the scores; None in MoLF."""
@@ -205,9 +211,7 @@ class MoLFStep(MoLFUpdate):
         Of sharded weights, the gradients of A or B that sum over the processes are completed on the way.
         """
         for group in self.param_groups:
-            for name, parameter in zip(group["param_names"], group["params"], strict=True):
-                if parameter.grad is not None:
-                    check_gradient(name, parameter, self.state[parameter], self.config.keep_base)
+            refuse_sparse(group["param_names"], group["params"])
         limit = self.config.max_grad_norm
         found: list[tuple[Sequence[str], Tensor]] = []
         partial: list[tuple[str, int, int]] = []
@@ -238,11 +242,23 @@ class MoLFStep(MoLFUpdate):
         return self.param_groups[slot[0]]["param_names"][slot[1]]
 
 
-def _total(sums: Sequence[Tensor], stack: Stack) -> Tensor:
-    """Sums of weight and bias together, (K,), from those of the parts; of one module's they may come per row."""
-    parts = zip(sums, stack.dense, strict=True)
-    each = [(found.sum() if len(part.members) == 1 and found.dim() else found).reshape(-1) for found, part in parts]
-    return join(each).view(-1, len(stack)).sum(0)
+def _totals(stacks: Sequence[Stack], found: Sequence[Tensor]) -> Tensor:
+    """Sums of weight and bias together, (M,), from those of all parts; of one module's they may come per row."""
+    parts = [(start, part) for start, stack in zip(_starts(stacks), stacks, strict=True) for part in stack.dense]
+    each = [
+        (sums.sum() if len(part.members) == 1 and sums.dim() else sums).reshape(-1)
+        for (_, part), sums in zip(parts, found, strict=True)
+    ]
+    sums, modules = join(each), [start + k for start, part in parts for k in part.members]
+    if len(set(modules)) == len(modules):
+        return sums
+    # two terms of a sum are the same in either order
+    return sums.new_zeros(max(modules) + 1).index_add_(0, numbers(modules, sums, torch.long), sums)
+
+
+def _starts(stacks: Sequence[Stack]) -> list[int]:
+    """The number of each stack's first module among all."""
+    return [0, *accumulate(len(stack) for stack in stacks)][:-1]
 
 
 def _by_place(jobs: Sequence[Any], rows: Sequence[int]) -> dict[tuple[torch.device, torch.dtype, bool], list[int]]:

@@ -18,9 +18,10 @@ from .guards import GradientCheck
 from .layout import RoutedModule
 from .passes import adamw_all, unrouted_all
 from .scalars import numbers
-from .sharding import first_row
+from .sharding import first_row, local
 from .stacks import OtherStack, Part, Stack
 from .state import MoLFState
+from .virtual import Product, product
 
 Written = tuple[Part, Tensor, Sequence[Tensor], Sequence[int]]
 """A part of several modules, its new value, where the modules keep theirs if not there, and which of them take it."""
@@ -49,7 +50,8 @@ class MoLFUpdate(MoLFState):
             won = [winners[module.name] for module in stack.modules]
             lora = [[index - first for index in best if index >= first] for best in won]
             if self._is_virtual(stack.modules[0]):
-                gathered = any(lora) and len(stack.weights) < len(stack)  # then a W of its own costs little
+                # small layers: as one tensor, every W costs little memory and saves gathering them
+                gathered = any(lora) and self._passes.compiles and len(stack.weights) < len(stack)
                 for module, moves in zip(stack.modules, lora, strict=True):
                     if moves or gathered or not self.config.keep_base:
                         self._prepare_base(module, values)
@@ -70,8 +72,7 @@ class MoLFUpdate(MoLFState):
                 self._passes.run(adamw_all, chosen, c, by_row=masked or c.decay.dim() > 0)
         for each in written:
             self._write_part(*each)
-        for stack in stacks:
-            self._write_stack(stack, values)
+        self._write_products([each for stack in stacks for each in self._follow(stack, values)])
 
     def _job(
         self, part: Part, winner: Tensor | None, which: Sequence[int], values: dict[int, Tensor], written: list[Written]
@@ -115,17 +116,19 @@ class MoLFUpdate(MoLFState):
         if "base" in part.states[0] and "lora_A" not in part.states[0]:
             part.spread(joined, part.parameters, which)
 
-    def _write_stack(self, stack: Stack, values: Mapping[int, Tensor]) -> None:
-        """Let the weights of these modules follow: P = W + Σ s_i B_i A_i, accumulated and rounded once."""
+    def _follow(self, stack: Stack, values: Mapping[int, Tensor]) -> list[Product]:
+        """Let what has no virtual experts follow its precise value; returns what the weights that have will be."""
         virtual_experts = bool(stack.weights) and self._is_virtual(stack.modules[0])
         for parameter in stack.parameters if values else ():
             if id(parameter) in values and not (virtual_experts and parameter.dim() == 2):
                 self._write(parameter, values)
-        if virtual_experts:
-            (A, Bt), transposed = stack.virtual_pair(), stack.modules[0].transposed
-            for part in stack.weights:
-                members = slice(part.members.start, part.members.stop)
-                self._write_weights(part.parameters, part.precise(values), A[members], Bt[members], transposed)
+        if not virtual_experts:
+            return []
+        (A, Bt), transposed = stack.virtual_pair(), stack.modules[0].transposed
+        weights = [local(weight) for part in stack.weights for weight in part.parameters]
+        bases = [base for part in stack.weights for base in part.precise(values)]
+        each = zip(weights, bases, A.unbind(), Bt.unbind(), strict=True)
+        return [product(*tensors, transposed) for tensors in each]
 
     def _step_others(self, others: Sequence[OtherStack], grads: Sequence[Tensor], check: GradientCheck) -> None:
         """AdamW for what is not routed."""

@@ -8,12 +8,33 @@ weight is stored as (in, out).
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .sharding import local, same_everywhere, shard_like, sharded_dim
+
+
+class Product(NamedTuple):
+    """P = W + Σ s_i B_i A_i of one layer.
+
+    Attributes:
+        target: P, laid out like the weight.
+        base: W, likewise.
+        left: Bᵀ (R, out), or A (R, in) where the weight is stored as (in, out).
+        right: The other one.
+    """
+
+    target: Tensor
+    base: Tensor
+    left: Tensor
+    right: Tensor
+
+
+def product(target: Tensor, base: Tensor, A: Tensor, Bt: Tensor, transposed: bool) -> Product:
+    """The product of one layer's A (R, in) and Bᵀ (R, out)."""
+    return Product(target, base, *((A, Bt) if transposed else (Bt, A)))
 
 
 def make_experts(state: dict[str, Any], weight: Tensor, rank: int, transposed: bool, dtype: torch.dtype) -> None:
@@ -61,44 +82,37 @@ def scaled(factor: Tensor, scales: float | Tensor) -> tuple[float, Tensor]:
 
 def gradients(
     G: Tensor, A: Tensor, Bt: Tensor, scales: float | Tensor, out: tuple[Tensor, Tensor] | None = None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """dL/dA_i = s_i B_iᵀ G (R, in), and the transpose of dL/dB_i = s_i G A_iᵀ, (R, out), from G = dL/dP (out, in).
 
     Of one layer, or of several of the same shape at once, all with one more dimension.
 
     Args:
         G: The gradient, its rows the outputs.
-        A: (R, in).
-        Bt: Bᵀ, (R, out).
+        A: (R, in), in G's dtype.
+        Bt: Bᵀ, (R, out), likewise.
         scales: One s, or s_i over the ranks, (R,).
-        out: Where to write them, or None.
+        out: Where to write them, in fp32 also where G is not and ``multiplies``; or None.
     """
-    to_A, to_B = out or (None, None)
-    if isinstance(scales, Tensor):
-        return (
-            torch.matmul(Bt, G, out=to_A).mul_(scales[:, None]),
-            torch.matmul(A, G.mT, out=to_B).mul_(scales[:, None]),
-        )
-    nothing, product = G.new_zeros((1,) * G.dim()), torch.addmm if G.dim() == 2 else torch.baddbmm
-    return (
-        product(nothing, Bt, G, beta=0, alpha=scales, out=to_A),
-        product(nothing, A, G.mT, beta=0, alpha=scales, out=to_B),
-    )
+    multiply = torch.addmm if G.dim() == 2 else torch.baddbmm
+    several, nothing = isinstance(scales, Tensor), G.new_zeros((1,) * G.dim())
+    options: dict[str, Any] = {"beta": 0, "alpha": 1.0 if several else scales}
+    if out is not None and out[0].dtype != G.dtype:
+        options["out_dtype"] = out[0].dtype
+    pairs = ((Bt, G), (A, G.mT))
+    found = [multiply(nothing, *pair, out=to, **options) for pair, to in zip(pairs, out or (None, None), strict=True)]
+    return tuple(each.mul_(scales[:, None]) for each in found) if several else tuple(found)
 
 
-def superpose(
-    base: Tensor,
-    A: Tensor,
-    B: Tensor,
-    scales: float | Tensor,
-    transposed: bool,
-    sign: int = 1,
-    out: Tensor | None = None,
-) -> Tensor:
-    """``base`` ± Σ s_i B_i A_i, laid out like the weight, of one layer."""
-    alpha, B = scaled(B, scales)
-    pair = (A.mT, B.mT) if transposed else (B, A)
-    return torch.addmm(base, *pair, alpha=sign * alpha, out=out)
+def multiplies(G: Tensor) -> bool:
+    """Whether the device multiplies matrices of G's dtype and adds up in fp32."""
+    return G.is_cuda and G.dtype in (torch.bfloat16, torch.float16)
+
+
+def superpose(product: Product, scales: float | Tensor, sign: int = 1, out: Tensor | None = None) -> Tensor:
+    """W ± Σ s_i B_i A_i of one layer, in W's dtype."""
+    alpha, left = scaled(product.left.mT, scales)
+    return torch.addmm(product.base, left, product.right, alpha=sign * alpha, out=out)
 
 
 def round_stochastically(value: Tensor, store: Tensor) -> None:

@@ -1,0 +1,146 @@
+"""The passes by compiled code, which takes tensors by their addresses: all jobs of a pass in one call.
+
+What ``native.py`` and ``kernels.py`` have in common. Compiled code takes ordinary, contiguous tensors in fp32; a
+gradient, a store and a weight P may be in 16 bits. Anything else is left to ``passes.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .adamw import Coefficients, Tracking
+from .passes import CompileError, Job, Pass, adamw_all, track_all, unrouted_all
+from .virtual import Product
+
+EPD, PFN, UPDATE, UNROUTED = range(4)
+"""What a pass does: moments and score, by either score; the winners' update; both passes of what is not routed."""
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+"""Of a subclass the data may be elsewhere."""
+
+
+class Row(NamedTuple):
+    """A job as compiled code takes it: ``Job`` of passes.cpp.
+
+    Attributes:
+        addresses: Of the gradient, m, v, the value, the store, the winners and the sums; 0 where there is none.
+        rates: Addresses of 1 - ηλ and of -η / (1-β1ⁿ), and whether there is one per row.
+        rows: Rows, over each of which is summed.
+        columns: Elements of a row.
+        dtypes: Of the gradient and of the store.
+    """
+
+    addresses: tuple[int, ...]
+    rates: tuple[int, int, int]
+    rows: int
+    columns: int
+    dtypes: tuple[torch.dtype | None, torch.dtype | None]
+
+
+class Numbers(NamedTuple):
+    """What all jobs of a pass have in common: 1-β1, β2, 1-β2, ε, and on the device, 0-dimensional, the rest."""
+
+    lerp: float
+    beta2: float
+    square: float
+    eps: float
+    clip: Tensor | None
+    gate: Tensor | None
+    inverse_root: Tensor | None
+
+
+class Compiled:
+    """Runs jobs of a pass. Make one per optimizer."""
+
+    FAILED = (CompileError,)
+    """What is raised, before a job has run, where there is no working compiler."""
+
+    LOW: tuple[torch.dtype, ...] = (torch.bfloat16,)
+    """Formats of 16 bits."""
+
+    def run(self, function: Pass, jobs: Sequence[Job], shared: Any, by_row: bool = False) -> Iterator[tuple[int, Any]]:
+        """Results by the jobs' numbers, as ``Passes.run``, of those that are taken."""
+        kind, tracking, c = _numbers(function, shared)
+        taken = [(i, t) for i, t in enumerate(_named(function, job) for job in jobs) if self._is_taken(t)]
+        if not taken:
+            return
+        rates = (0, 0, 0) if c is None else (c.decay.data_ptr(), c.step_size.data_ptr(), int(c.decay.dim() > 0))
+        shapes = [(t[1].shape[:-1], t[1].shape[-1]) if by_row and t[1].dim() else ((), t[1].numel()) for _, t in taken]
+        sums: Sequence[Tensor | None] = [None] * len(taken)
+        if function is track_all:
+            lengths = [math.prod(shape) for shape, _ in shapes]
+            sums = taken[0][1][1].new_empty(sum(lengths)).split(lengths)
+        rows, written = [], []
+        for (_, tensors), (shape, columns), own in zip(taken, shapes, sums, strict=True):
+            grad, m, v, value, store, _ = tensors
+            addresses = tuple([0 if t is None else t.data_ptr() for t in (*tensors, own)])
+            dtypes = (None if grad is None else grad.dtype, None if store is None else store.dtype)
+            rows.append(Row(addresses, rates, math.prod(shape), columns, dtypes))
+            written.append([t for t in ((value, store) if grad is None else (value, store, m, v)) if t is not None])
+        beta1, beta2 = (0.0, 0.0) if tracking is None else tracking.betas
+        clip, gate = (None, None) if tracking is None else (tracking.clip, tracking.gate)
+        eps, inverse = (shared.eps, None) if c is None else (c.eps, c.inverse_root)
+        numbers = Numbers(1 - beta1, beta2, 1 - beta2, eps, clip, gate, inverse)
+        for done in self._pass(kind, rows, numbers, taken[0][1][1]):
+            torch.autograd.graph.increment_version([tensor for at in done for tensor in written[at]])
+            for at in done:
+                found = sums[at]
+                yield taken[at][0], None if found is None else found.view(shapes[at][0])
+
+    def superpose(self, products: Sequence[Product], scales: Tensor) -> list[int]:
+        """Write P of layers whose scales are s_i over the ranks, (R,); returns which it has taken."""
+        taken = [i for i, product in enumerate(products) if self._is_product(product)]
+        if taken:
+            self._superpose([products[i] for i in taken], scales)
+            torch.autograd.graph.increment_version([products[i].target for i in taken])
+        return taken
+
+    def _pass(self, kind: int, rows: Sequence[Row], numbers: Numbers, like: Tensor) -> Iterator[Sequence[int]]:
+        """Run jobs on the device of ``like``; yields which have run."""
+        raise NotImplementedError
+
+    def _superpose(self, products: Sequence[Product], scales: Tensor) -> None:
+        raise NotImplementedError
+
+    def _is_on(self, tensor: Tensor) -> bool:
+        """Whether the tensor is where this code runs."""
+        raise NotImplementedError
+
+    def _is_plain(self, tensor: Tensor, low: bool = False) -> bool:
+        """Whether it is ordinary, contiguous and in fp32, or if ``low`` in 16 bits."""
+        fits = tensor.dtype == torch.float32 or (low and tensor.dtype in self.LOW)
+        return fits and type(tensor) in _PLAIN and self._is_on(tensor) and tensor.is_contiguous()
+
+    def _is_taken(self, tensors: Sequence[Tensor | None]) -> bool:
+        grad, m, v, value, store, winner = tensors
+        if store is not None and store.dtype == torch.float32:
+            return False
+        return (
+            all(t is None or self._is_plain(t, low=True) for t in (grad, store))
+            and all(t is None or self._is_plain(t) for t in (m, v, value))
+            and (winner is None or (winner.dtype == torch.bool and self._is_on(winner) and winner.is_contiguous()))
+        )
+
+    def _is_product(self, product: Product) -> bool:
+        target, *others = product
+        return self._is_plain(target, low=True) and all(map(self._is_plain, others))
+
+
+def _named(function: Pass, job: Job) -> tuple[Any, ...]:
+    """Gradient, m, v, value, store and winner of a job, None where it has none."""
+    if function is track_all:
+        return (*job, None, None, None)
+    value, m, v, store, last = job
+    return (last, m, v, value, store, None) if function is unrouted_all else (None, m, v, value, store, last)
+
+
+def _numbers(function: Pass, shared: Any) -> tuple[int, Tracking | None, Coefficients | None]:
+    """The kind of a pass, and its numbers."""
+    if function is track_all:
+        return (EPD if shared.score_fn == "epd" else PFN), shared, None
+    return (UPDATE, None, shared) if function is adamw_all else (UNROUTED, *shared)

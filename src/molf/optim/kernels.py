@@ -1,0 +1,269 @@
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,type-arg"
+"""The passes and the products P = W + Σ s_i B_i A_i as Triton kernels, for GPUs: one launch for all that are alike.
+
+A kernel gets a table with the addresses of every job's tensors and finds its job by a binary search. Inductor, of the
+passes as they stand in ``adamw.py``, needs a launch for every few tensors, so that the host takes several times as
+long as the GPU, and two minutes to compile (docs/performance.md); these take seconds, and Triton keeps them on disk.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.errors import TritonError
+
+from .compiled import EPD, PFN, UPDATE, Compiled, Numbers, Row
+from .passes import CompileError
+from .scalars import numbers as to_device
+from .virtual import Product
+
+PIECE = 8192
+"""Elements of a row at most that one program takes."""
+
+BLOCK = 1024
+"""Elements that it takes at once."""
+
+TILE = 128
+"""Rows and columns of P that one program takes."""
+
+_FIELDS = tl.constexpr(14)
+_EPD, _PFN, _UPDATE = tl.constexpr(EPD), tl.constexpr(PFN), tl.constexpr(UPDATE)
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+class Kernels(Compiled):
+    """Runs jobs on a GPU."""
+
+    LOW = (torch.bfloat16, torch.float16)
+
+    def _pass(self, kind: int, rows: Sequence[Row], numbers: Numbers, like: Tensor) -> Iterator[Sequence[int]]:
+        alike: dict[Any, list[int]] = defaultdict(list)
+        for i, row in enumerate(rows):
+            alike[row.dtypes, _is_aligned(row.addresses, row.columns)].append(i)
+        for ((grad, store), aligned), chosen in alike.items():
+            listed, pieces, lines = [], 0, 0
+            for row in (rows[i] for i in chosen):
+                listed.append((*row.addresses, *row.rates, row.rows, row.columns, pieces, lines))
+                pieces, lines = pieces + row.rows * -(-row.columns // PIECE), lines + row.rows
+            table = to_device(listed, like, torch.long)
+            terms = like.new_empty(pieces) if kind < UPDATE else None
+            if pieces:
+                with _compiling(like):
+                    _pass[(pieces,)](
+                        table,
+                        len(listed),
+                        terms,
+                        numbers.clip,
+                        numbers.gate,
+                        numbers.inverse_root,
+                        *numbers[:4],
+                        kind,
+                        _TYPES[grad or torch.float32],
+                        None if store is None else _TYPES[store],
+                        aligned,
+                        PIECE,
+                        BLOCK,
+                    )
+            if terms is not None and lines:
+                with _compiling(like):
+                    _sums[(lines,)](table, len(listed), terms, PIECE, BLOCK)
+            yield chosen
+
+    def _superpose(self, products: Sequence[Product], scales: Tensor) -> None:
+        alike: dict[Any, list[Product]] = defaultdict(list)
+        for each in products:
+            shape = (each.left.shape[1], each.right.shape[1])
+            alike[each.target.dtype, _is_aligned([t.data_ptr() for t in each], *shape)].append(each)
+        for (dtype, aligned), chosen in alike.items():
+            listed, tiles = [], 0
+            for each in chosen:
+                rows, columns = each.left.shape[1], each.right.shape[1]
+                listed.append((*(t.data_ptr() for t in each), rows, columns, tiles))
+                tiles += -(-rows // TILE) * -(-columns // TILE)
+            table = to_device(listed, scales, torch.long)
+            with _compiling(scales):
+                _products[(tiles,)](
+                    table, len(listed), scales, len(scales), _TYPES[dtype], aligned, TILE, 32, num_warps=8
+                )
+
+    def _is_on(self, tensor: Tensor) -> bool:
+        return tensor.is_cuda
+
+
+def _is_aligned(addresses: Sequence[int], *lengths: int) -> bool:
+    """Whether 16 bytes can be loaded at once, of every row."""
+    return all(address % 16 == 0 for address in addresses) and all(length % 16 == 0 for length in lengths)
+
+
+@contextmanager
+def _compiling(like: Tensor) -> Iterator[None]:
+    """On the tensor's device; what keeps Triton from compiling is a ``CompileError``."""
+    try:
+        with torch.cuda.device(like.device) if like.is_cuda else nullcontext():
+            yield
+    except (TritonError, OSError, subprocess.SubprocessError) as error:
+        raise CompileError(f"Triton: {error}") from error
+
+
+@triton.jit
+def _find(table, count, number, FIELD: tl.constexpr, FIELDS: tl.constexpr):
+    """The last job whose ``FIELD``, the number of its first piece, is at most ``number``."""
+    low = 0
+    high = count
+    while high - low > 1:
+        middle = (low + high) // 2
+        before = tl.load(table + middle * FIELDS + FIELD) <= number
+        low = tl.where(before, middle, low)
+        high = tl.where(before, high, middle)
+    return low
+
+
+@triton.jit(do_not_specialize=["count"])
+def _pass(
+    table,
+    count,
+    terms,
+    clip,
+    gate,
+    inverse_root,
+    lerp,
+    beta2,
+    square,
+    eps,
+    KIND: tl.constexpr,
+    GRAD: tl.constexpr,
+    STORE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    PIECE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One piece of a row; ``element`` of passes.cpp, over blocks."""
+    piece = tl.program_id(0)
+    job = table + _find(table, count, piece, 12, _FIELDS) * _FIELDS
+    columns = tl.load(job + 11)
+    if ALIGNED:
+        columns = tl.multiple_of(columns, 16)
+    pieces = (columns + PIECE - 1) // PIECE
+    at = piece - tl.load(job + 12)
+    row = at // pieces
+    begin = (at % pieces) * PIECE
+    end = tl.minimum(begin + PIECE, columns)
+    winner = tl.load(job + 5)
+    moves = tl.load(winner.to(tl.pointer_type(tl.int8)) + row, mask=winner != 0, other=1) != 0
+    if KIND != _UPDATE and gate is not None:
+        moves = moves & tl.load(gate).to(tl.int1)
+    if moves:
+        grad = tl.load(job).to(tl.pointer_type(GRAD))
+        first = tl.load(job + 1).to(tl.pointer_type(tl.float32))
+        second = tl.load(job + 2).to(tl.pointer_type(tl.float32))
+        value = tl.load(job + 3).to(tl.pointer_type(tl.float32))
+        if ALIGNED:
+            grad = tl.multiple_of(grad, 16)
+            first = tl.multiple_of(first, 16)
+            second = tl.multiple_of(second, 16)
+            value = tl.multiple_of(value, 16)
+        if KIND >= _UPDATE:
+            per_row = row * tl.load(job + 9)
+            decay = tl.load(tl.load(job + 7).to(tl.pointer_type(tl.float32)) + per_row)
+            size = tl.load(tl.load(job + 8).to(tl.pointer_type(tl.float32)) + per_row)
+            inverse = tl.load(inverse_root)
+        total = tl.zeros([BLOCK], dtype=tl.float32)
+        for start in range(begin, end, BLOCK):
+            inside = start + tl.arange(0, BLOCK)
+            mask = inside < end
+            place = row * columns + inside
+            m = tl.load(first + place, mask=mask, other=0.0)
+            v = tl.load(second + place, mask=mask, other=0.0)
+            if KIND != _UPDATE:
+                g = tl.load(grad + place, mask=mask, other=0.0).to(tl.float32)
+                if clip is not None:
+                    g = g * tl.load(clip)
+                m = tl.where(lerp < 0.5, m + lerp * (g - m), g - (g - m) * (1 - lerp))
+                v = v * beta2 + square * g * g
+                tl.store(first + place, m, mask=mask)
+                tl.store(second + place, v, mask=mask)
+            root = tl.sqrt_rn(v)
+            if KIND == _EPD:
+                total += tl.where(mask, tl.div_rn(m * m, root + eps), 0.0)
+            elif KIND == _PFN:
+                ratio = tl.div_rn(m, root + eps)
+                total += tl.where(mask, ratio * ratio, 0.0)
+            else:
+                moved = tl.load(value + place, mask=mask, other=0.0) * decay
+                moved += tl.div_rn(m * size, root * inverse + eps)
+                tl.store(value + place, moved, mask=mask)
+                if STORE is not None:
+                    store = tl.load(job + 4).to(tl.pointer_type(STORE))
+                    if ALIGNED:
+                        store = tl.multiple_of(store, 16)
+                    tl.store(store + place, moved.to(STORE), mask=mask)
+        if KIND < _UPDATE:
+            tl.store(terms + piece, tl.sum(total, 0))
+
+
+@triton.jit(do_not_specialize=["count"])
+def _sums(table, count, terms, PIECE: tl.constexpr, BLOCK: tl.constexpr):
+    """Adds up the terms of a row's pieces, in an order of their own."""
+    line = tl.program_id(0)
+    job = table + _find(table, count, line, 13, _FIELDS) * _FIELDS
+    pieces = (tl.load(job + 11) + PIECE - 1) // PIECE
+    row = line - tl.load(job + 13)
+    begin = tl.load(job + 12) + row * pieces
+    total = tl.zeros([BLOCK], dtype=tl.float64)
+    for start in range(0, pieces, BLOCK):
+        inside = start + tl.arange(0, BLOCK)
+        total += tl.load(terms + begin + inside, mask=inside < pieces, other=0.0).to(tl.float64)
+    tl.store(tl.load(job + 6).to(tl.pointer_type(tl.float32)) + row, tl.sum(total, 0).to(tl.float32))
+
+
+@triton.jit(do_not_specialize=["count", "rank"])
+def _products(
+    table,
+    count,
+    scales,
+    rank,
+    TARGET: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    TILE: tl.constexpr,
+    RANKS: tl.constexpr,
+):
+    """One tile of P; a product of fp32 by three of TF32, which leaves the rounding of fp32."""
+    tile = tl.program_id(0)
+    job = table + _find(table, count, tile, 6, 7) * 7
+    target = tl.load(job).to(tl.pointer_type(TARGET))
+    base = tl.load(job + 1).to(tl.pointer_type(tl.float32))
+    left = tl.load(job + 2).to(tl.pointer_type(tl.float32))
+    right = tl.load(job + 3).to(tl.pointer_type(tl.float32))
+    rows = tl.load(job + 4)
+    columns = tl.load(job + 5)
+    if ALIGNED:
+        target = tl.multiple_of(target, 16)
+        base = tl.multiple_of(base, 16)
+        left = tl.multiple_of(left, 16)
+        right = tl.multiple_of(right, 16)
+        rows = tl.multiple_of(rows, 16)
+        columns = tl.multiple_of(columns, 16)
+    across = (columns + TILE - 1) // TILE
+    at = tile - tl.load(job + 6)
+    row = at // across * TILE + tl.arange(0, TILE)
+    column = at % across * TILE + tl.arange(0, TILE)
+    total = tl.zeros([TILE, TILE], dtype=tl.float32)
+    for start in range(0, rank, RANKS):
+        ranks = start + tl.arange(0, RANKS)
+        there = (ranks < rank)[:, None]
+        s = tl.load(scales + ranks, mask=ranks < rank, other=0.0)[:, None]
+        a = tl.load(left + ranks[:, None] * rows + row[None, :], mask=there & (row < rows)[None, :], other=0.0)
+        b = tl.load(right + ranks[:, None] * columns + column, mask=there & (column < columns)[None, :], other=0.0)
+        total = tl.dot(tl.trans(a * s), b, total, input_precision="tf32x3")
+    place = row[:, None] * columns + column[None, :]
+    mask = (row < rows)[:, None] & (column < columns)[None, :]
+    total += tl.load(base + place, mask=mask, other=0.0)
+    tl.store(target + place, total.to(TARGET), mask=mask)
