@@ -47,7 +47,7 @@ def _train(model, optimizer, steps=range(STEPS)):
 def test_stacked_is_one_by_one(monkeypatch, architecture, config, dtype):
     """All tensors of several modules gathered, only those of virtual experts, none."""
     runs = []
-    for gathered, pairs in ((stacks.STACK_FROM, stacks.PAIR_TO), (0, stacks.PAIR_TO), (0, 0)):
+    for gathered, pairs in ((stacks.STACK_FROM, stacks.PAIR_TO), (0, stacks.PAIR_TO), (0, {})):
         monkeypatch.setattr(stacks, "STACK_FROM", gathered)
         monkeypatch.setattr(stacks, "PAIR_TO", pairs)
         model = _model(config, architecture, dtype)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .adamw import Coefficients, Tracking
 from .passes import CompileError, Job, Pass, adamw_all, track_all, unrouted_all
-from .virtual import Product
+from .virtual import Products
 
 EPD, PFN, UPDATE, UNROUTED = range(4)
 """What a pass does: moments and score, by either score; the winners' update; both passes of what is not routed."""
@@ -92,19 +92,19 @@ class Compiled:
                 found = sums[at]
                 yield taken[at][0], None if found is None else found.view(shapes[at][0])
 
-    def superpose(self, products: Sequence[Product], scales: Tensor) -> list[int]:
+    def superpose(self, listed: Sequence[Products], scales: Tensor) -> list[int]:
         """Write P of layers whose scales are s_i over the ranks, (R,); returns which it has taken."""
-        taken = [i for i, product in enumerate(products) if self._is_product(product)]
+        taken = [i for i, each in enumerate(listed) if self._are_products(each)]
         if taken:
-            self._superpose([products[i] for i in taken], scales)
-            torch.autograd.graph.increment_version([products[i].target for i in taken])
+            self._superpose([listed[i] for i in taken], scales)
+            torch.autograd.graph.increment_version([target for i in taken for target in listed[i].targets])
         return taken
 
     def _pass(self, kind: int, rows: Sequence[Row], numbers: Numbers, like: Tensor) -> Iterator[Sequence[int]]:
         """Run jobs on the device of ``like``; yields which have run."""
         raise NotImplementedError
 
-    def _superpose(self, products: Sequence[Product], scales: Tensor) -> None:
+    def _superpose(self, listed: Sequence[Products], scales: Tensor) -> None:
         raise NotImplementedError
 
     def _is_on(self, tensor: Tensor) -> bool:
@@ -126,9 +126,26 @@ class Compiled:
             and (winner is None or (winner.dtype == torch.bool and self._is_on(winner) and winner.is_contiguous()))
         )
 
-    def _is_product(self, product: Product) -> bool:
-        target, *others = product
-        return self._is_plain(target, low=True) and all(map(self._is_plain, others))
+    def _are_products(self, each: Products) -> bool:
+        alike = len({target.dtype for target in each.targets}) == 1
+        return (
+            alike
+            and bool(each.left.numel() and each.right.numel())
+            and all(self._is_plain(target, low=True) for target in each.targets)
+            and all(map(self._is_plain, each.bases))
+            and self._is_plain(each.left)
+            and self._is_plain(each.right)
+        )
+
+
+def addresses(each: Products) -> Iterator[tuple[int, int, int, int]]:
+    """Of P, W, left and right, by layer."""
+    left, right = (
+        range(tensor.data_ptr(), tensor.data_ptr() + 4 * tensor.numel(), 4 * tensor[0].numel())
+        for tensor in (each.left, each.right)
+    )
+    targets, bases = ([tensor.data_ptr() for tensor in tensors] for tensors in (each.targets, each.bases))
+    return zip(targets, bases, left, right, strict=True)
 
 
 def _named(function: Pass, job: Job) -> tuple[Any, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -184,10 +185,18 @@ def on_host(values: Tensor) -> bool:
 
 
 def _norms(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """L2 norms, accumulated in fp32 at least; on a GPU a few launches for all of them."""
-    if tensors and all(g.is_cuda and g.dtype != torch.float64 for g in tensors):
-        return list(torch._foreach_norm(list(tensors), dtype=torch.float32))
-    return [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in tensors]
+    """L2 norms, accumulated in fp32 at least; on a GPU in a few launches for all of a dtype."""
+    groups: dict[Any, list[int]] = defaultdict(list)
+    for i, g in enumerate(tensors):
+        groups[(g.device, g.dtype) if g.is_cuda else i].append(i)
+    norms: dict[int, Tensor] = {}
+    for indices in groups.values():
+        wide = torch.promote_types(tensors[indices[0]].dtype, torch.float32)
+        if tensors[indices[0]].is_cuda:
+            norms |= zip(indices, torch._foreach_norm([tensors[i] for i in indices], dtype=wide), strict=True)
+        else:
+            norms[indices[0]] = torch.linalg.vector_norm(tensors[indices[0]], dtype=wide)
+    return [norms[i] for i in range(len(tensors))]
 
 
 def probes(tensors: Sequence[Tensor]) -> list[Tensor]:

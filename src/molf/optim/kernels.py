@@ -20,10 +20,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.errors import TritonError
 
-from .compiled import EPD, PFN, UPDATE, Compiled, Numbers, Row
+from .compiled import EPD, PFN, UPDATE, Compiled, Numbers, Row, addresses
 from .passes import CompileError
 from .scalars import numbers as to_device
-from .virtual import Product
+from .virtual import Products
 
 PIECE = 8192
 """Elements of a row at most that one program takes."""
@@ -33,6 +33,9 @@ BLOCK = 1024
 
 TILE = 128
 """Rows and columns of P that one program takes."""
+
+RANKS = 32
+"""Ranks that it takes at once."""
 
 _FIELDS = tl.constexpr(14)
 _EPD, _PFN, _UPDATE = tl.constexpr(EPD), tl.constexpr(PFN), tl.constexpr(UPDATE)
@@ -77,21 +80,21 @@ class Kernels(Compiled):
                     _sums[(lines,)](table, len(listed), terms, PIECE, BLOCK)
             yield chosen
 
-    def _superpose(self, products: Sequence[Product], scales: Tensor) -> None:
-        alike: dict[Any, list[Product]] = defaultdict(list)
-        for each in products:
-            shape = (each.left.shape[1], each.right.shape[1])
-            alike[each.target.dtype, _is_aligned([t.data_ptr() for t in each], *shape)].append(each)
-        for (dtype, aligned), chosen in alike.items():
-            listed, tiles = [], 0
-            for each in chosen:
-                rows, columns = each.left.shape[1], each.right.shape[1]
-                listed.append((*(t.data_ptr() for t in each), rows, columns, tiles))
-                tiles += -(-rows // TILE) * -(-columns // TILE)
-            table = to_device(listed, scales, torch.long)
+    def _superpose(self, listed: Sequence[Products], scales: Tensor) -> None:
+        alike: dict[Any, list[Any]] = defaultdict(list)
+        tiles: dict[Any, int] = defaultdict(int)
+        for each in listed:
+            rows, columns = each.left.shape[2], each.right.shape[2]
+            across = -(-rows // TILE) * -(-columns // TILE)
+            for own in addresses(each):
+                key = (each.targets[0].dtype, _is_aligned(own, rows, columns))
+                alike[key].append((*own, rows, columns, tiles[key]))
+                tiles[key] += across
+        for (dtype, aligned), table in alike.items():
+            arguments = (to_device(table, scales, torch.long), len(table), scales, len(scales))
             with _compiling(scales):
-                _products[(tiles,)](
-                    table, len(listed), scales, len(scales), _TYPES[dtype], aligned, TILE, 32, num_warps=8
+                _products[(tiles[dtype, aligned],)](
+                    *arguments, _TYPES[dtype], aligned, dtype != torch.float32, TILE, 32, num_warps=8
                 )
 
     def _is_on(self, tensor: Tensor) -> bool:
@@ -232,10 +235,15 @@ def _products(
     rank,
     TARGET: tl.constexpr,
     ALIGNED: tl.constexpr,
+    HALVES: tl.constexpr,
     TILE: tl.constexpr,
     RANKS: tl.constexpr,
 ):
-    """One tile of P; a product of fp32 by three of TF32, which leaves the rounding of fp32."""
+    """One tile of P.
+
+    With ``HALVES`` a factor is the sum of two numbers in bf16, of which all products but the smallest are added up in
+    fp32: 16 bits of each factor count, where a P in 16 bits keeps 8 or 11. Else a product is of fp32.
+    """
     tile = tl.program_id(0)
     job = table + _find(table, count, tile, 6, 7) * 7
     target = tl.load(job).to(tl.pointer_type(TARGET))
@@ -262,7 +270,14 @@ def _products(
         s = tl.load(scales + ranks, mask=ranks < rank, other=0.0)[:, None]
         a = tl.load(left + ranks[:, None] * rows + row[None, :], mask=there & (row < rows)[None, :], other=0.0)
         b = tl.load(right + ranks[:, None] * columns + column, mask=there & (column < columns)[None, :], other=0.0)
-        total = tl.dot(tl.trans(a * s), b, total, input_precision="tf32x3")
+        a = tl.trans(a * s)
+        if HALVES:
+            high, other = a.to(tl.bfloat16), b.to(tl.bfloat16)
+            total = tl.dot((a - high.to(tl.float32)).to(tl.bfloat16), other, total)
+            total = tl.dot(high, (b - other.to(tl.float32)).to(tl.bfloat16), total)
+            total = tl.dot(high, other, total)
+        else:
+            total = tl.dot(a, b, total, input_precision="ieee")
     place = row[:, None] * columns + column[None, :]
     mask = (row < rows)[:, None] & (column < columns)[None, :]
     total += tl.load(base + place, mask=mask, other=0.0)

@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .compiled import Compiled, Numbers, Row
+from .compiled import Compiled, Numbers, Row, addresses
 from .passes import CompileError
-from .virtual import Product
+from .virtual import Products
 
 _FLAGS = "-O3 -march=native -std=c++17 -fno-math-errno -fno-trapping-math -ffp-contract=off -fopenmp -shared -fPIC"
 
@@ -49,19 +49,21 @@ class Native(Compiled):
         )
         yield range(len(rows))
 
-    def _superpose(self, products: Sequence[Product], scales: Tensor) -> None:
-        listed = array("q")  # ``Product`` of passes.cpp
-        for target, base, left, right in products:
-            addresses = (target.data_ptr(), base.data_ptr(), left.data_ptr(), right.data_ptr())
-            listed.extend((*addresses, left.shape[1], right.shape[1], target.dtype == torch.bfloat16))
-        count, threads = len(products), torch.get_num_threads()
-        _library().molf_superpose(listed.buffer_info()[0], count, threads, scales.data_ptr(), len(scales))
+    def _superpose(self, listed: Sequence[Products], scales: Tensor) -> None:
+        jobs, count = array("q"), 0  # ``Product`` of passes.cpp
+        for each in listed:
+            rest = (each.left.shape[2], each.right.shape[2], each.targets[0].dtype == torch.bfloat16)
+            for own in addresses(each):
+                jobs.extend((*own, *rest))
+            count += len(each.targets)
+        threads = torch.get_num_threads()
+        _library().molf_superpose(jobs.buffer_info()[0], count, threads, scales.data_ptr(), len(scales))
 
     def _is_on(self, tensor: Tensor) -> bool:
         return tensor.is_cpu
 
-    def _is_product(self, product: Product) -> bool:
-        return product.target.numel() < PRODUCT_TO and super()._is_product(product)
+    def _are_products(self, each: Products) -> bool:
+        return each.targets[0].numel() < PRODUCT_TO and super()._are_products(each)
 
 
 def _address(tensor: Tensor | None) -> int | None:

@@ -103,16 +103,16 @@ class Passes:
             results |= zip(indices, found, strict=True)
         return [results[i] for i in range(len(jobs))]
 
-    def superpose(self, products: Sequence[Any], scales: Tensor) -> list[int]:
+    def superpose(self, listed: Sequence[Any], scales: Tensor) -> list[int]:
         """P = W + Σ s_i B_i A_i of layers, compiled; returns which were: the others are left to torch.
 
         The bits of a P do not depend on what else is written with it, as those of a batched product do.
 
         Args:
-            products: ``Product`` of each.
+            listed: ``Products``.
             scales: s_i over the ranks, (R,).
         """
-        return self._attempt(lambda compiler: compiler.superpose(products, scales)) or [] if self.compiles else []
+        return self._attempt(lambda compiler: compiler.superpose(listed, scales)) or [] if self.compiles else []
 
     def _compiled(self, function: Pass, jobs: Sequence[Job], shared: Any, by_row: bool) -> dict[int, Any]:
         """Results of the jobs that run compiled, by their numbers: if it fails, of those that had run."""

@@ -29,7 +29,7 @@ STACK_FROM = 2**15
 STACK_TO = 2**20
 """Elements of the weights of a stack at most, if they are gathered."""
 
-PAIR_TO = 2**20
+PAIR_TO = {"cpu": 2**20, "cuda": 2**26}
 """Elements of the A, and of the B, of a stack of large modules at most."""
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -269,7 +269,7 @@ class Stacks:
         if largest < STACK_FROM:
             return max(1, STACK_TO // largest)
         pair = [factor.numel() for name, factor in self._state[tensors[0]].items() if name in ("lora_A", "lora_B")]
-        return max(1, PAIR_TO // max(pair)) if pair else 1
+        return max(1, PAIR_TO.get(tensors[0].device.type, 0) // max(pair)) if pair else 1
 
     def _with_states(self, tensors: Iterable[Tensor]) -> Iterator[Tensor]:
         """Tensors and their states."""

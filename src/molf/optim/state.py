@@ -20,7 +20,7 @@ from .passes import Passes
 from .scalars import numbers
 from .sharding import ProcessesDifferError, Shards, compare_replicas, fitted, local
 from .stacks import Unrouted
-from .virtual import Product, product
+from .virtual import Products
 
 _IN_EVERY_GROUP = tuple("betas eps expert_ranks scales score_fn top_k policy random_shares policy_seed".split())
 
@@ -129,7 +129,7 @@ class MoLFState(Optimizer):
             if self._is_virtual(module):
                 if local(self.state[weight]["lora_B"]).any():
                     self._own_base(weight)
-                self._write_products([self._product(module, weight, self.state[weight].get("base", weight))])
+                self._write_products([self._products(module, weight, self.state[weight].get("base", weight))])
             for slot in module.slots[int(self._is_virtual(module)) :]:
                 self._write(self._parameter(slot), {})
         for each in self._others():
@@ -202,34 +202,41 @@ class MoLFState(Optimizer):
         if "base" in state and virtual.shares_storage(state["base"], weight):
             state["base"] = weight.detach().clone()
 
-    def _product(self, module: RoutedModule, target: Tensor, base: Tensor) -> Product:
-        """What P = W + Σ s_i B_i A_i is made of; ``target`` takes P, or is W where P is not wanted."""
+    def _products(self, module: RoutedModule, target: Tensor, base: Tensor) -> Products:
+        """What P = W + Σ s_i B_i A_i is made of; ``target`` takes P."""
         state = self.state[self._parameter(module.slots[0])]
-        return product(local(target), local(base), local(state["lora_A"]), local(state["lora_B"]).T, module.transposed)
+        A, B = local(state["lora_A"]), local(state["lora_B"])
+        return virtual.products([local(target)], [local(base)], A[None], B.T[None], module.transposed)
 
     def _scales(self, like: Tensor) -> float | Tensor:
         """The scale s of the LoRA experts: a number where all have the same, else one per rank, (R,)."""
         scales = self.config.scales
         return scales[0] if len(set(scales)) == 1 else self._per_rank(scales, like)
 
-    def _write_products(self, products: Sequence[Product]) -> None:
+    def _write_products(self, listed: Sequence[Products]) -> None:
         """Let weights over virtual experts follow: P = W + Σ s_i B_i A_i, accumulated and rounded once.
 
         Nothing is done where W is the weight itself, as while B = 0.
         """
-        places: dict[torch.device, list[Product]] = defaultdict(list)
-        for each in products:
-            if not virtual.shares_storage(each.base, each.target):
-                places[each.base.device].append(each)
-        for listed in places.values():
-            scales, nearest = self._per_rank(self.config.scales, listed[0].left), self.config.keep_base
-            taken = set(self._passes.superpose(listed, scales) if nearest else ())
+        places: dict[torch.device, list[Products]] = defaultdict(list)
+        for each in listed:
+            pairs = zip(each.bases, each.targets, strict=True)
+            own = [i for i, pair in enumerate(pairs) if not virtual.shares_storage(*pair)]
+            if own and len(own) < len(each.targets):
+                targets, bases = ([tensors[i] for i in own] for tensors in each[:2])
+                each = Products(targets, bases, each.left[own], each.right[own])
+            if own:
+                places[each.left.device].append(each)
+        for there in places.values():
+            scales, nearest = self._per_rank(self.config.scales, there[0].left), self.config.keep_base
+            taken = set(self._passes.superpose(there, scales) if nearest else ())
             # one by one: a product of several at once rounds otherwise than of one, as after a resume
-            for each in (each for i, each in enumerate(listed) if i not in taken):
-                if each.base.dtype == each.target.dtype:
-                    virtual.superpose(each, self._scales(each.left), out=each.target)
-                else:
-                    self._store(each.target, virtual.superpose(each, self._scales(each.left)))
+            for each in (each for i, each in enumerate(there) if i not in taken):
+                for target, base, left, right in zip(*each, strict=True):
+                    if base.dtype == target.dtype:
+                        virtual.superpose(base, left, right, self._scales(left), out=target)
+                    else:
+                        self._store(target, virtual.superpose(base, left, right, self._scales(left)))
 
     def _write(self, parameter: Tensor, values: Mapping[int, Tensor]) -> None:
         """Let a tensor of the model follow its precise value: the master, or one of ``values``, by the tensor's id."""
@@ -250,8 +257,8 @@ class MoLFState(Optimizer):
             self._own_base(weight)
         else:
             held = local(weight.detach()).to(moment_dtype(weight))
-            experts = self._product(module, held, held)
-            values[id(weight)] = virtual.superpose(experts, self._scales(held), sign=-1)
+            _, _, (left,), (right,) = self._products(module, held, held)
+            values[id(weight)] = virtual.superpose(held, left, right, self._scales(held), sign=-1)
 
     def _derived(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """The model's tensors that this optimizer rewrites from its state: name, tensor, and what it has to hold."""
@@ -264,7 +271,7 @@ class MoLFState(Optimizer):
             if self._is_virtual(module) and "base" in self.state[weight]:
                 expected = local(weight).clone()
                 if not virtual.shares_storage(self.state[weight]["base"], weight):
-                    self._write_products([self._product(module, expected, self.state[weight]["base"])])
+                    self._write_products([self._products(module, expected, self.state[weight]["base"])])
                 yield module.name, local(weight), expected
 
     def _rewritten(self) -> Iterator[Tensor]:

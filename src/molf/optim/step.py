@@ -118,11 +118,13 @@ class MoLFStep(MoLFUpdate):
         found = torch.empty_like(values[0]), torch.empty_like(values[1])
         dtype = weights[0].dtype if virtual.multiplies(weights[0]) else values[0].dtype
         scales, values = self._scales(values[0]), (values[0].to(dtype), values[1].to(dtype))
-        for part, G in zip(stack.weights, weights, strict=True):
-            several = len(part.members) > 1
-            G = (G.view(len(stack), *part.parameters[0].shape) if several else G).to(dtype)
-            own = [each if several else each[part.members.start] for each in (*values, *found)]
-            virtual.gradients(G.mT if first.transposed else G, own[0], own[1], scales, (own[2], own[3]))
+        tensors = [(*values, *found)]
+        if len(weights) == len(stack):
+            tensors = list(zip(*(each.unbind() for each in tensors[0]), strict=True))
+        else:  # all of them in one
+            weights = [weights[0].view(len(stack), *stack.weights[0].parameters[0].shape)]
+        for G, (a, bt, *to) in zip(weights, tensors, strict=True):
+            virtual.gradients((G.mT if first.transposed else G).to(dtype), a, bt, scales, (to[0], to[1]))
         return Gradients(dense, [each.flatten(0, 1) for each in found])
 
     def _track(self, stacks: Sequence[Stack], grads: Sequence[Gradients], check: GradientCheck) -> Tensor:

@@ -21,7 +21,7 @@ from .scalars import numbers
 from .sharding import first_row, local
 from .stacks import OtherStack, Part, Stack
 from .state import MoLFState
-from .virtual import Product, product
+from .virtual import Products, products
 
 Written = tuple[Part, Tensor, Sequence[Tensor], Sequence[int]]
 """A part of several modules, its new value, where the modules keep theirs if not there, and which of them take it."""
@@ -116,7 +116,7 @@ class MoLFUpdate(MoLFState):
         if "base" in part.states[0] and "lora_A" not in part.states[0]:
             part.spread(joined, part.parameters, which)
 
-    def _follow(self, stack: Stack, values: Mapping[int, Tensor]) -> list[Product]:
+    def _follow(self, stack: Stack, values: Mapping[int, Tensor]) -> list[Products]:
         """Let what has no virtual experts follow its precise value; returns what the weights that have will be."""
         virtual_experts = bool(stack.weights) and self._is_virtual(stack.modules[0])
         for parameter in stack.parameters if values else ():
@@ -124,11 +124,9 @@ class MoLFUpdate(MoLFState):
                 self._write(parameter, values)
         if not virtual_experts:
             return []
-        (A, Bt), transposed = stack.virtual_pair(), stack.modules[0].transposed
         weights = [local(weight) for part in stack.weights for weight in part.parameters]
         bases = [base for part in stack.weights for base in part.precise(values)]
-        each = zip(weights, bases, A.unbind(), Bt.unbind(), strict=True)
-        return [product(*tensors, transposed) for tensors in each]
+        return [products(weights, bases, *stack.virtual_pair(), stack.modules[0].transposed)]
 
     def _step_others(self, others: Sequence[OtherStack], grads: Sequence[Tensor], check: GradientCheck) -> None:
         """AdamW for what is not routed."""

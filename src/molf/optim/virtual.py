@@ -8,6 +8,7 @@ weight is stored as (in, out).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,25 +17,25 @@ from torch import Tensor
 from .sharding import local, same_everywhere, shard_like, sharded_dim
 
 
-class Product(NamedTuple):
-    """P = W + Σ s_i B_i A_i of one layer.
+class Products(NamedTuple):
+    """P = W + Σ s_i B_i A_i of K layers of one shape.
 
     Attributes:
-        target: P, laid out like the weight.
-        base: W, likewise.
-        left: Bᵀ (R, out), or A (R, in) where the weight is stored as (in, out).
+        targets: P, laid out like the weight.
+        bases: W, likewise.
+        left: Bᵀ (K, R, out), or A (K, R, in) where the weights are stored as (in, out).
         right: The other one.
     """
 
-    target: Tensor
-    base: Tensor
+    targets: Sequence[Tensor]
+    bases: Sequence[Tensor]
     left: Tensor
     right: Tensor
 
 
-def product(target: Tensor, base: Tensor, A: Tensor, Bt: Tensor, transposed: bool) -> Product:
-    """The product of one layer's A (R, in) and Bᵀ (R, out)."""
-    return Product(target, base, *((A, Bt) if transposed else (Bt, A)))
+def products(targets: Sequence[Tensor], bases: Sequence[Tensor], A: Tensor, Bt: Tensor, transposed: bool) -> Products:
+    """The products of A (K, R, in) and Bᵀ (K, R, out)."""
+    return Products(targets, bases, *((A, Bt) if transposed else (Bt, A)))
 
 
 def make_experts(state: dict[str, Any], weight: Tensor, rank: int, transposed: bool, dtype: torch.dtype) -> None:
@@ -95,13 +96,13 @@ def gradients(
         out: Where to write them, in fp32 also where G is not and ``multiplies``; or None.
     """
     multiply = torch.addmm if G.dim() == 2 else torch.baddbmm
-    several, nothing = isinstance(scales, Tensor), G.new_zeros((1,) * G.dim())
-    options: dict[str, Any] = {"beta": 0, "alpha": 1.0 if several else scales}
+    nothing = G.new_zeros((1,) * G.dim())
+    options: dict[str, Any] = {"beta": 0, "alpha": 1.0 if isinstance(scales, Tensor) else scales}
     if out is not None and out[0].dtype != G.dtype:
         options["out_dtype"] = out[0].dtype
     pairs = ((Bt, G), (A, G.mT))
     found = [multiply(nothing, *pair, out=to, **options) for pair, to in zip(pairs, out or (None, None), strict=True)]
-    return tuple(each.mul_(scales[:, None]) for each in found) if several else tuple(found)
+    return tuple(each.mul_(scales[:, None]) if isinstance(scales, Tensor) else each for each in found)
 
 
 def multiplies(G: Tensor) -> bool:
@@ -109,10 +110,12 @@ def multiplies(G: Tensor) -> bool:
     return G.is_cuda and G.dtype in (torch.bfloat16, torch.float16)
 
 
-def superpose(product: Product, scales: float | Tensor, sign: int = 1, out: Tensor | None = None) -> Tensor:
-    """W ± Σ s_i B_i A_i of one layer, in W's dtype."""
-    alpha, left = scaled(product.left.mT, scales)
-    return torch.addmm(product.base, left, product.right, alpha=sign * alpha, out=out)
+def superpose(
+    base: Tensor, left: Tensor, right: Tensor, scales: float | Tensor, sign: int = 1, out: Tensor | None = None
+) -> Tensor:
+    """W ± Σ s_i B_i A_i of one layer, in W's dtype; arguments as of ``Products``."""
+    alpha, factor = scaled(left.mT, scales)
+    return torch.addmm(base, factor, right, alpha=sign * alpha, out=out)
 
 
 def round_stochastically(value: Tensor, store: Tensor) -> None:
