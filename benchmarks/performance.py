@@ -257,13 +257,12 @@ def gpu() -> str:
         parts.append(f"{shape}, optimizer step\n\n{table(*_steps(data, ON_GPU, 'fft-amp'))}\n{where(data)}")
         parts.append(f"Waits for the device in one step, from a profiler's trace. {listed}.")
         for suffix, text in (("", "without"), ("_checkpointing", "with")):
-            trained, weights = load(f"train_gpu_{size}{suffix}"), load(f"memory_gpu_{size}{suffix}")
-            head = ["contender", "ms", "quartiles", "tokens/s", "/ fft-amp", "/ lora", "peak GiB"]
+            trained = load(f"train_gpu_{size}{suffix}")
+            head = ["contender", "ms", "quartiles", "tokens/s", "/ fft-amp", "/ fft", "/ lora", "peak GiB"]
             rows = []
             for label in ON_GPU:
-                weighed = row(weights, label)
-                peak = f"{weighed['summary']['total']['median'] / 2**10:.1f}" if weighed["summary"] else "out of memory"
-                rows.append([label, *_train_cells(trained, label, ("fft-amp", "lora")), peak])
+                peak = f"{row(trained, label)['peak_mib'] / 2**10:.1f}" if row(trained, label)["summary"] else ""
+                rows.append([label, *_train_cells(trained, label, ("fft-amp", "fft", "lora")), peak])
             parts.append(
                 f"{shape}, training step {text} gradient checkpointing\n\n{table(head, rows)}\n{where(trained)}"
             )

@@ -447,7 +447,7 @@ def test_tables_fail_where_a_row_is_missing(performance, tmp_path, monkeypatch) 
 
 
 def test_gpu_results(performance, tmp_path, monkeypatch) -> None:
-    """Not measured where there is none; where the step was measured, training and memory must be there too."""
+    """Not measured where there is none; where the step was measured, training must be there too."""
     monkeypatch.setattr(performance, "RESULTS", tmp_path)
     assert performance.gpu().count("not measured") == 2
     times = {"rounds": {"total": [2.0]}, "summary": {"total": summary([2.0])}, "warmup": [5.0], "dense_wins": None}
@@ -455,14 +455,14 @@ def test_gpu_results(performance, tmp_path, monkeypatch) -> None:
         **times,
         "tokens_per_s": 1.0,
         "floor_bytes": 10**6,
+        "peak_mib": 1.0,
         "syncs": {"cudaStreamSynchronize": 1, "copies_to_host": 1},
     }
     stamp = {"device": "GPU", "command": "c", "torch": "t", "transformers": "t", "peft": "p", "commit": "c"}
     stamp |= {"load_at_start": [0.0], "load_at_end": [0.0]}
     head = {"complete": True, "environment": stamp, "copy_gb_per_s": 1.0, "settings": vars(TINY)}
     whole = {**head, "contenders": dict.fromkeys(performance.ON_GPU, entry)}
-    names = ["train_gpu_3b", "train_gpu_3b_checkpointing", "memory_gpu_3b", "memory_gpu_3b_checkpointing"]
-    for name in ("step_gpu_3b", *names):
+    for name in ("step_gpu_3b", "train_gpu_3b", "train_gpu_3b_checkpointing"):
         (tmp_path / f"bench_{name}.json").write_text(json.dumps(whole))
     lost = {
         **whole,
@@ -473,8 +473,10 @@ def test_gpu_results(performance, tmp_path, monkeypatch) -> None:
     assert text.count("not measured") == 1
     assert text.count("| fft-amp | out of memory |") == 1
     assert "cudaStreamSynchronize 1" in text
-    (tmp_path / "bench_memory_gpu_3b.json").unlink()
-    with pytest.raises(ValueError, match=r"bench_memory_gpu_3b\.json is missing: run benchmarks/bench_gpu\.sh"):
+    (tmp_path / "bench_train_gpu_3b_checkpointing.json").unlink()
+    with pytest.raises(
+        ValueError, match=r"bench_train_gpu_3b_checkpointing\.json is missing: run benchmarks/bench_gpu\.sh"
+    ):
         performance.gpu()
 
 
@@ -505,8 +507,7 @@ def test_the_scripts_make_the_results_that_the_tables_read(performance, monkeypa
     monkeypatch.setattr(performance, "load", lambda name: read.add(name) or load(name))
     for make in performance.TABLES:
         make()
-    names = [f"{bench}_gpu_{size}{suffix}" for size in performance.GPU_SHAPES
-             for bench in ("train", "memory") for suffix in ("", "_checkpointing")]  # fmt: skip
+    names = [f"train_gpu_{size}{suffix}" for size in performance.GPU_SHAPES for suffix in ("", "_checkpointing")]
     on_gpu = {*names, *(f"step_gpu_{size}" for size in performance.GPU_SHAPES)}
     assert commands_of("bench_cpu.sh", monkeypatch).keys() == read - on_gpu
     commands = commands_of("bench_gpu.sh", monkeypatch)

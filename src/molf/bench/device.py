@@ -73,6 +73,17 @@ def free() -> None:
         torch.cuda.empty_cache()
 
 
+def reset_peak() -> None:
+    """Count ``peak_mib`` from here on."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_mib() -> float:
+    """MiB that tensors took on a GPU at most."""
+    return torch.cuda.max_memory_allocated() / 2**20
+
+
 def compilations() -> int:
     """Graphs that torch.compile has made in this process."""
     dynamo = sys.modules.get("torch._dynamo.utils")

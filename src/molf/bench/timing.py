@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from .contenders import Contender
-from .device import compilations, free
+from .device import compilations, free, peak_mib, reset_peak
 from .results import Results
 from .workload import Workload
 
@@ -58,6 +58,7 @@ def _block(
         if "error" in results.entry(label):
             continue
         before = compilations()
+        reset_peak()
         try:
             alive[label] = make(contender)
             results.add_warmup(label, alive[label].warm_up(warmup))
@@ -73,7 +74,8 @@ def _block(
             say(f"round {number + 1}/{rounds}: {label}: {results.totals(label)[-1]:.2f} ms")
     results.compilations_in_rounds += compilations() - before
     for label, workload in alive.items():
-        results.add_facts(label, workload.facts())
+        peak = {"peak_mib": peak_mib()} if len(contenders) == 1 and workload.settings.device == "cuda" else {}
+        results.add_facts(label, {**workload.facts(), **peak})
 
 
 def say(text: str) -> None:

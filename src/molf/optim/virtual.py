@@ -96,7 +96,7 @@ def gradients(
         out: Where to write them, in fp32 also where G is not and ``multiplies``; or None.
     """
     multiply = torch.addmm if G.dim() == 2 else torch.baddbmm
-    nothing = G.new_zeros((1,) * G.dim())
+    nothing = G.new_empty((1,) * G.dim())  # what is in it does not count where beta is 0
     options: dict[str, Any] = {"beta": 0, "alpha": 1.0 if isinstance(scales, Tensor) else scales}
     if out is not None and out[0].dtype != G.dtype:
         options["out_dtype"] = out[0].dtype
