@@ -13,7 +13,7 @@ bench() { # KIND RESULT OPTIONS...
     "${PYTHON:-.venv/bin/python}" -m molf bench "$kind" --out "$out" --device cuda --turns 2 "${options[@]}" "$@"
 }
 
-contenders="fft fft-amp molf molf-dense molf-dense-late molf-lora lora molf-e"
+contenders="fft fft-amp molf molf-dense-late molf-lora lora molf-e"
 for size in 1.5b 3b; do
     bench step "step_gpu_$size" --preset "qwen2.5-$size" --contenders $contenders
     bench train "train_gpu_$size" --preset "qwen2.5-$size" --contenders $contenders

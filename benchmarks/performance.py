@@ -21,7 +21,7 @@ FORCED = ("molf", "molf-dense", "molf-dense-late", "molf-lora")
 TRAINED = ("fft", *FORCED, "molf-superposed", "lora", "lora-2", "molf-e")
 STEPPED = ("fft", "fft-foreach", "fft-8bit", *FORCED, "molf-superposed", "lora", "lora-2", "molf-e")
 WEIGHED = ("fft", "fft-8bit", "molf", "molf-dense", "molf-lora", "molf-superposed", "lora", "lora-2", "molf-e")
-ON_GPU = ("fft", "fft-amp", *FORCED, "lora", "molf-e")
+ON_GPU = ("fft", "fft-amp", "molf", "molf-dense-late", "molf-lora", "lora", "molf-e")
 LESS = ("molf:keep_base=False", "molf:moments_8bit=True")
 SIZES = (1, 2, 3, 4)
 GROWN = "molf-dense-late"

@@ -180,3 +180,22 @@ def test_stores_are_rounded_as_torch_does() -> None:
     assert len(others) == 8
     for parameter in others:
         assert torch.equal(parameter, optimizer.state[parameter]["base"].bfloat16())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_in_16_bits_are_added_up_in_fp32(compiled: bool) -> None:
+    """dA = s Bᵀ G and dB = s G Aᵀ with A and B rounded to G's dtype, else but for the rounding of fp32."""
+    made = model(torch.bfloat16)
+    optimizer = optimizer_of(made, compile=compiled, expert_ranks=(8, 200), lora_alpha=(8, 100))
+    for number in range(3):
+        step(made, optimizer, number)
+    give_gradients(made, 3)
+    s = torch.tensor(optimizer.config.scales, device="cuda").repeat_interleave(torch.tensor([8, 200], device="cuda"))
+    for stack in optimizer.stacks().all:
+        dA, dBt = (each.unflatten(0, (len(stack), -1)) for each in optimizer._gradients(stack).pair)
+        weights = [parameter for part in stack.weights for parameter in part.parameters]
+        for weight, a, bt in zip(weights, dA, dBt, strict=True):
+            A, B = (optimizer.state[weight][name].bfloat16().double() for name in ("lora_A", "lora_B"))
+            G = weight.grad.double()
+            for found, exact in ((a, s[:, None] * (B.T @ G)), (bt, s[:, None] * (A @ G.T))):
+                assert (found - exact).norm() <= 1e-6 * exact.norm()

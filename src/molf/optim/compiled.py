@@ -100,6 +100,24 @@ class Compiled:
             torch.autograd.graph.increment_version([target for i in taken for target in listed[i].targets])
         return taken
 
+    def gradients(
+        self, grads: Sequence[Tensor], A: Tensor, Bt: Tensor, scales: Tensor, out: tuple[Tensor, Tensor], turned: bool
+    ) -> bool:
+        """dL/dA_i = s_i B_iᵀ G and the transpose of dL/dB_i = s_i G A_iᵀ of K layers, in one call.
+
+        Args:
+            grads: G of each, (out, in), or (in, out) if ``turned``.
+            A: (K, R, in), in G's dtype.
+            Bt: Bᵀ, (K, R, out), likewise.
+            scales: s_i over the ranks, (R,).
+            out: Where to write them, laid out as A and Bᵀ, in fp32.
+            turned: How G is laid out.
+
+        Returns:
+            Whether that was done; else it is left to torch.
+        """
+        return False
+
     def _pass(self, kind: int, rows: Sequence[Row], numbers: Numbers, like: Tensor) -> Iterator[Sequence[int]]:
         """Run jobs on the device of ``like``; yields which have run."""
         raise NotImplementedError
@@ -138,14 +156,17 @@ class Compiled:
         )
 
 
-def addresses(each: Products) -> Iterator[tuple[int, int, int, int]]:
-    """Of P, W, left and right, by layer."""
-    left, right = (
-        range(tensor.data_ptr(), tensor.data_ptr() + 4 * tensor.numel(), 4 * tensor[0].numel())
-        for tensor in (each.left, each.right)
-    )
-    targets, bases = ([tensor.data_ptr() for tensor in tensors] for tensors in (each.targets, each.bases))
-    return zip(targets, bases, left, right, strict=True)
+def addresses(
+    firsts: Sequence[Tensor], seconds: Sequence[Tensor], left: Tensor, right: Tensor
+) -> Iterator[tuple[int, ...]]:
+    """By layer: of its own tensor among the first ones and the second ones, if there are any, of left and of right."""
+    columns: list[Sequence[int]] = [
+        [tensor.data_ptr() for tensor in tensors] for tensors in (firsts, seconds) if tensors
+    ]
+    for tensor in (left, right):
+        size = tensor.element_size() * tensor[0].numel()
+        columns.append(range(tensor.data_ptr(), tensor.data_ptr() + size * len(tensor), size))
+    return zip(*columns, strict=True)
 
 
 def _named(function: Pass, job: Job) -> tuple[Any, ...]:

@@ -32,10 +32,10 @@ BLOCK = 1024
 """Elements that it takes at once."""
 
 TILE = 128
-"""Rows and columns of P that one program takes."""
+"""Rows and columns of a product that one program takes."""
 
-RANKS = 32
-"""Ranks that it takes at once."""
+DEPTH = 64
+"""Terms of its sums that it takes at once."""
 
 _FIELDS = tl.constexpr(14)
 _EPD, _PFN, _UPDATE = tl.constexpr(EPD), tl.constexpr(PFN), tl.constexpr(UPDATE)
@@ -83,19 +83,45 @@ class Kernels(Compiled):
     def _superpose(self, listed: Sequence[Products], scales: Tensor) -> None:
         alike: dict[Any, list[Any]] = defaultdict(list)
         tiles: dict[Any, int] = defaultdict(int)
+        factors = []  # which have to be there until the kernel has been launched
         for each in listed:
-            rows, columns = each.left.shape[2], each.right.shape[2]
+            rows, columns, dtype = each.left.shape[2], each.right.shape[2], each.targets[0].dtype
             across = -(-rows // TILE) * -(-columns // TILE)
-            for own in addresses(each):
-                key = (each.targets[0].dtype, _is_aligned(own, rows, columns))
+            left, right = each.left * scales[:, None], each.right
+            if dtype != torch.float32:
+                left, right = _halves(left, first=True), _halves(right, first=False)
+            factors += [left, right]
+            for own in addresses(each.targets, each.bases, left, right):
+                key = (dtype, left.dtype, left.shape[1], _is_aligned(own, rows, columns))
                 alike[key].append((*own, rows, columns, tiles[key]))
                 tiles[key] += across
-        for (dtype, aligned), table in alike.items():
-            arguments = (to_device(table, scales, torch.long), len(table), scales, len(scales))
+        for (dtype, factor, rank, aligned), table in alike.items():
+            numbers = (to_device(table, scales, torch.long), len(table), rank)
             with _compiling(scales):
-                _products[(tiles[dtype, aligned],)](
-                    *arguments, _TYPES[dtype], aligned, dtype != torch.float32, TILE, 32, num_warps=8
+                _products[(tiles[dtype, factor, rank, aligned],)](
+                    *numbers, _TYPES[dtype], _TYPES[factor], aligned, TILE, DEPTH, num_warps=8
                 )
+
+    def gradients(
+        self, grads: Sequence[Tensor], A: Tensor, Bt: Tensor, scales: Tensor, out: tuple[Tensor, Tensor], turned: bool
+    ) -> bool:
+        """As ``Compiled.gradients``, where all is in 16 bits but ``out``."""
+        low = A.dtype in self.LOW and all(each.dtype == A.dtype for each in grads)
+        plain = all(self._is_plain(each, low=True) for each in (*grads, A, Bt))
+        if not (low and plain and all(map(self._is_plain, (scales, *out))) and A.numel() and Bt.numel()):
+            return False
+        for left, to, across in ((Bt, out[0], turned), (A, out[1], not turned)):
+            table, tiles = [], 0
+            for own in addresses(grads, (), left, to):
+                table.append((*own, to.shape[2], left.shape[2], tiles))
+                tiles += -(-to.shape[2] // TILE)
+            aligned = all(_is_aligned(row[:3], *row[3:5]) for row in table)
+            numbers = (to_device(table, scales, torch.long), len(table), scales, len(scales))
+            with _compiling(scales):
+                _gradients[(tiles, -(-len(scales) // TILE))](
+                    *numbers, _TYPES[A.dtype], aligned, across, TILE, DEPTH, num_warps=8
+                )
+        return True
 
     def _is_on(self, tensor: Tensor) -> bool:
         return tensor.is_cuda
@@ -104,6 +130,16 @@ class Kernels(Compiled):
 def _is_aligned(addresses: Sequence[int], *lengths: int) -> bool:
     """Whether 16 bytes can be loaded at once, of every row."""
     return all(address % 16 == 0 for address in addresses) and all(length % 16 == 0 for length in lengths)
+
+
+def _halves(factor: Tensor, first: bool) -> Tensor:
+    """Three times as many ranks, (K, 3 R, n) in bf16, so that the product of both factors has all parts but the least.
+
+    A number of fp32 is a high half and a low one, which have 16 bits of it: high high + high low + low high.
+    """
+    high = factor.to(torch.bfloat16)
+    low = (factor - high).to(torch.bfloat16)
+    return torch.cat([high, high, low] if first else [high, low, high], 1)
 
 
 @contextmanager
@@ -231,25 +267,20 @@ def _sums(table, count, terms, PIECE: tl.constexpr, BLOCK: tl.constexpr):
 def _products(
     table,
     count,
-    scales,
     rank,
     TARGET: tl.constexpr,
+    FACTOR: tl.constexpr,
     ALIGNED: tl.constexpr,
-    HALVES: tl.constexpr,
     TILE: tl.constexpr,
-    RANKS: tl.constexpr,
+    DEPTH: tl.constexpr,
 ):
-    """One tile of P.
-
-    With ``HALVES`` a factor is the sum of two numbers in bf16, of which all products but the smallest are added up in
-    fp32: 16 bits of each factor count, where a P in 16 bits keeps 8 or 11. Else a product is of fp32.
-    """
+    """One tile of P = W + leftᵀ right."""
     tile = tl.program_id(0)
     job = table + _find(table, count, tile, 6, 7) * 7
     target = tl.load(job).to(tl.pointer_type(TARGET))
     base = tl.load(job + 1).to(tl.pointer_type(tl.float32))
-    left = tl.load(job + 2).to(tl.pointer_type(tl.float32))
-    right = tl.load(job + 3).to(tl.pointer_type(tl.float32))
+    left = tl.load(job + 2).to(tl.pointer_type(FACTOR))
+    right = tl.load(job + 3).to(tl.pointer_type(FACTOR))
     rows = tl.load(job + 4)
     columns = tl.load(job + 5)
     if ALIGNED:
@@ -263,22 +294,57 @@ def _products(
     at = tile - tl.load(job + 6)
     row = at // across * TILE + tl.arange(0, TILE)
     column = at % across * TILE + tl.arange(0, TILE)
-    total = tl.zeros([TILE, TILE], dtype=tl.float32)
-    for start in range(0, rank, RANKS):
-        ranks = start + tl.arange(0, RANKS)
-        there = (ranks < rank)[:, None]
-        s = tl.load(scales + ranks, mask=ranks < rank, other=0.0)[:, None]
-        a = tl.load(left + ranks[:, None] * rows + row[None, :], mask=there & (row < rows)[None, :], other=0.0)
-        b = tl.load(right + ranks[:, None] * columns + column, mask=there & (column < columns)[None, :], other=0.0)
-        a = tl.trans(a * s)
-        if HALVES:
-            high, other = a.to(tl.bfloat16), b.to(tl.bfloat16)
-            total = tl.dot((a - high.to(tl.float32)).to(tl.bfloat16), other, total)
-            total = tl.dot(high, (b - other.to(tl.float32)).to(tl.bfloat16), total)
-            total = tl.dot(high, other, total)
-        else:
-            total = tl.dot(a, b, total, input_precision="ieee")
     place = row[:, None] * columns + column[None, :]
     mask = (row < rows)[:, None] & (column < columns)[None, :]
-    total += tl.load(base + place, mask=mask, other=0.0)
+    total = tl.load(base + place, mask=mask, other=0.0)
+    for start in range(0, rank, DEPTH):
+        ranks = start + tl.arange(0, DEPTH)
+        there = (ranks < rank)[:, None]
+        a = tl.load(left + ranks[:, None] * rows + row[None, :], mask=there & (row < rows)[None, :], other=0.0)
+        b = tl.load(right + ranks[:, None] * columns + column, mask=there & (column < columns)[None, :], other=0.0)
+        total = tl.dot(tl.trans(a), b, total, input_precision="ieee")
     tl.store(target + place, total.to(TARGET), mask=mask)
+
+
+@triton.jit(do_not_specialize=["count", "rank"])
+def _gradients(
+    table,
+    count,
+    scales,
+    rank,
+    GRAD: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    TURNED: tl.constexpr,
+    TILE: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """One tile of s ⊙ left G (rank, columns), with left (rank, depth) and G (depth, columns), or its transpose."""
+    tile = tl.program_id(0)
+    job = table + _find(table, count, tile, 5, 6) * 6
+    grad = tl.load(job).to(tl.pointer_type(GRAD))
+    left = tl.load(job + 1).to(tl.pointer_type(GRAD))
+    out = tl.load(job + 2).to(tl.pointer_type(tl.float32))
+    columns = tl.load(job + 3)
+    depth = tl.load(job + 4)
+    if ALIGNED:
+        grad = tl.multiple_of(grad, 16)
+        left = tl.multiple_of(left, 16)
+        out = tl.multiple_of(out, 16)
+        columns = tl.multiple_of(columns, 16)
+        depth = tl.multiple_of(depth, 16)
+    ranks = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    column = (tile - tl.load(job + 5)) * TILE + tl.arange(0, TILE)
+    total = tl.zeros([TILE, TILE], dtype=tl.float32)
+    for start in range(0, depth, DEPTH):
+        inner = start + tl.arange(0, DEPTH)
+        there = inner < depth
+        a = tl.load(left + ranks[:, None] * depth + inner, mask=(ranks < rank)[:, None] & there, other=0.0)
+        if TURNED:
+            b = tl.load(grad + column[:, None] * depth + inner, mask=(column < columns)[:, None] & there, other=0.0)
+            b = tl.trans(b)
+        else:
+            b = tl.load(grad + inner[:, None] * columns + column, mask=there[:, None] & (column < columns), other=0.0)
+        total = tl.dot(a, b, total, input_precision="ieee")
+    s = tl.load(scales + ranks, mask=ranks < rank, other=0.0)
+    mask = (ranks < rank)[:, None] & (column < columns)[None, :]
+    tl.store(out + ranks[:, None] * columns + column, total * s[:, None], mask=mask)

@@ -53,7 +53,7 @@ class Native(Compiled):
         jobs, count = array("q"), 0  # ``Product`` of passes.cpp
         for each in listed:
             rest = (each.left.shape[2], each.right.shape[2], each.targets[0].dtype == torch.bfloat16)
-            for own in addresses(each):
+            for own in addresses(*each):
                 jobs.extend((*own, *rest))
             count += len(each.targets)
         threads = torch.get_num_threads()

@@ -114,6 +114,10 @@ class Passes:
         """
         return self._attempt(lambda compiler: compiler.superpose(listed, scales)) or [] if self.compiles else []
 
+    def gradients(self, *arguments: Any) -> bool:
+        """``Compiled.gradients``."""
+        return self.compiles and bool(self._attempt(lambda compiler: compiler.gradients(*arguments)))
+
     def _compiled(self, function: Pass, jobs: Sequence[Job], shared: Any, by_row: bool) -> dict[int, Any]:
         """Results of the jobs that run compiled, by their numbers: if it fails, of those that had run."""
         results: dict[int, Any] = {}

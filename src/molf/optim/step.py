@@ -117,15 +117,19 @@ class MoLFStep(MoLFUpdate):
         values = stack.virtual_pair()
         found = torch.empty_like(values[0]), torch.empty_like(values[1])
         dtype = weights[0].dtype if virtual.multiplies(weights[0]) else values[0].dtype
-        scales, values = self._scales(values[0]), (values[0].to(dtype), values[1].to(dtype))
+        scales, turned = self._scales(values[0]), first.transposed
+        values = values[0].to(dtype), values[1].to(dtype)
+        result = Gradients(dense, [each.flatten(0, 1) for each in found])
         tensors = [(*values, *found)]
-        if len(weights) == len(stack):
-            tensors = list(zip(*(each.unbind() for each in tensors[0]), strict=True))
-        else:  # all of them in one
+        if len(weights) < len(stack):  # all of them in one
             weights = [weights[0].view(len(stack), *stack.weights[0].parameters[0].shape)]
+        elif self._passes.gradients(weights, *values, self._per_rank(self.config.scales, found[0]), found, turned):
+            return result
+        else:
+            tensors = list(zip(*(each.unbind() for each in tensors[0]), strict=True))
         for G, (a, bt, *to) in zip(weights, tensors, strict=True):
-            virtual.gradients((G.mT if first.transposed else G).to(dtype), a, bt, scales, (to[0], to[1]))
-        return Gradients(dense, [each.flatten(0, 1) for each in found])
+            virtual.gradients((G.mT if turned else G).to(dtype), a, bt, scales, (to[0], to[1]))
+        return result
 
     def _track(self, stacks: Sequence[Stack], grads: Sequence[Gradients], check: GradientCheck) -> Tensor:
         """Universal momentum tracking; returns what the scores sum over each expert's elements, (M, E)."""
