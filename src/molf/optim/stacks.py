@@ -1,9 +1,9 @@
 """Routed modules as a step works on them: what is small of those of one shape, as one.
 
-What a step of small tensors costs is calls, not arithmetic. A ``Stack`` is K modules of one shape. Their virtual
-experts with these moments, and the moments of weights and biases that are small, with their W or masters, lie in
-tensors that the modules share, each module's own being views of them, so that the calls of a step go by the number of
-stacks. Large weights stay as they are.
+What a step of small tensors costs is calls, not arithmetic. A ``Stack`` is K modules of one shape. Their LoRA experts'
+moments, with the experts where they are virtual, and the moments of weights and biases that are small, with their W or
+masters, lie in tensors that the modules share, each module's own being views of them, so that the calls of a step go by
+the number of stacks. Large weights stay as they are.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ STACK_TO = 2**20
 """Elements of the weights of a stack at most, if they are gathered."""
 
 PAIR_TO = {"cpu": 2**20, "cuda": 2**26}
-"""Elements of the A, and of the B, of a stack of large modules at most."""
+"""Elements of the A, and of the B, of a stack of large modules at most, by device."""
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 VIRTUAL = tuple((f"{name}_exp_avg", f"{name}_exp_avg_sq", name) for name in ("lora_A", "lora_B"))
@@ -268,8 +268,10 @@ class Stacks:
         largest = max(tensor.numel() for tensor in tensors)
         if largest < STACK_FROM:
             return max(1, STACK_TO // largest)
-        pair = [factor.numel() for name, factor in self._state[tensors[0]].items() if name in ("lora_A", "lora_B")]
-        return max(1, PAIR_TO.get(tensors[0].device.type, 0) // max(pair)) if pair else 1
+        adapter = [self._parameter(slot) for slot in (module.lora_A, module.lora_B) if slot is not None]
+        virtual = [factor for name, factor in self._state[tensors[0]].items() if name in ("lora_A", "lora_B")]
+        largest = max((factor.numel() for factor in adapter or virtual), default=0)
+        return max(1, PAIR_TO.get(tensors[0].device.type, 0) // largest) if largest else 1
 
     def _with_states(self, tensors: Iterable[Tensor]) -> Iterator[Tensor]:
         """Tensors and their states."""
