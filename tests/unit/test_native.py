@@ -7,6 +7,7 @@ import torch
 
 from molf.optim import native, passes
 from molf.optim.adamw import Coefficients, Tracking, adamw_, track_, unrouted_
+from molf.optim.virtual import Products
 
 SHAPES = [(), (0,), (3, 0), (0, 5), (1,), (63,), (64,), (65,), (3, 5), (2, 4096), (3, 4097), (5, 9000), (2, 3, 70)]
 COEFFICIENTS = Coefficients(*map(torch.tensor, (0.999, -1e-2, 0.5, 2.0)), 1e-8)
@@ -191,3 +192,32 @@ def test_nothing_of_it_is_left_on_disk(monkeypatch, tmp_path) -> None:
     native._library.cache_clear()
     assert native._library().molf_pass
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_of_small_layers(dtype: torch.dtype) -> None:
+    """P = W + Σ s B A rounded once, the same bits alone as among others; a large layer is left to torch."""
+    g = torch.Generator().manual_seed(0)
+
+    def layers(rows: int, columns: int, count: int) -> Products:
+        bases = [torch.randn(rows, columns, generator=g) for _ in range(count)]
+        targets = [torch.zeros(rows, columns, dtype=dtype) for _ in range(count)]
+        pair = torch.randn(count, 5, rows, generator=g), torch.randn(count, 5, columns, generator=g)
+        return Products(targets, bases, *pair)
+
+    listed, scales = [layers(3, 70, 1), layers(64, 64, 4), layers(256, 128, 1)], torch.rand(5, generator=g)
+    versions = [each.targets[0]._version for each in listed]
+    torch.set_num_threads(2)
+    assert native.Native().superpose(listed, scales) == [0, 1]
+    assert [each.targets[0]._version - old for each, old in zip(listed, versions, strict=True)] == [1, 1, 0]
+    assert not listed[2].targets[0].any()
+    for each in listed[:2]:
+        for i, (target, base, left, right) in enumerate(zip(*each, strict=True)):
+            exact = base.double() + (left * scales[:, None]).double().T @ right.double()
+            torch.testing.assert_close(
+                target.double(), exact, rtol=2**-8 if target.dtype != base.dtype else 0, atol=2**-20
+            )
+            alone = Products([torch.zeros_like(target)], [base], each.left[i : i + 1], each.right[i : i + 1])
+            torch.set_num_threads(1)
+            assert native.Native().superpose([alone], scales) == [0]
+            assert torch.equal(alone.targets[0], target)

@@ -103,9 +103,10 @@ def kernels(monkeypatch) -> Any:
 @pytest.mark.parametrize("compiler", ["native", "kernels"])
 def test_compiled_and_uncompiled_steps_route_alike(request, compiler: str) -> None:
     """Every winner equal, weights within fp32 rounding, winners switching."""
-    if compiler == "kernels":
+    interpreted = compiler == "kernels"  # which takes seconds for a step
+    if interpreted:
         request.getfixturevalue("kernels")
-    for name in ("qwen2", "phi"):
+    for name in ("qwen2",) if interpreted else ("qwen2", "phi"):
         model = causal_lm(name, num_hidden_layers=1)
         twin = copy.deepcopy(model)
         found = []
@@ -114,7 +115,7 @@ def test_compiled_and_uncompiled_steps_route_alike(request, compiler: str) -> No
             config = MoLFConfig(expert_ranks=(2, 4), max_grad_norm=1.0, compile=compiles, **RATES)
             optimizer = create_molf_optimizer(each, config)
             winners = []
-            for step in range(12):
+            for step in range(6 if interpreted else 12):
                 lm_step(each, optimizer, step)
                 winners.append([routing.winners[0] for routing in optimizer.routing.values()])
             found.append(winners)

@@ -1,0 +1,142 @@
+"""Triton's kernels by Triton's interpreter, on a CPU, against torch; tests/gpu has what needs a device.
+
+The interpreter has no products of bf16 and rounds to it otherwise than a device.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from molf.optim import passes
+from molf.optim.adamw import Coefficients, Tracking, adamw_, track_, unrouted_
+from molf.optim.virtual import Products
+
+kernels = pytest.importorskip("molf.optim.kernels", reason="no Triton")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a device")
+
+SHAPES = [(3, 5), (2, 4096), (1,), (0, 5), (3, 16), (2, 9000), (2, 3, 70), (8192 + 16,)]
+COEFFICIENTS = Coefficients(*map(torch.tensor, (0.999, -1e-2, 0.5, 2.0)), 1e-8)
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    monkeypatch.setattr(kernels.Kernels, "_is_on", lambda self, tensor: tensor.is_cpu)
+    return kernels.Kernels()
+
+
+def tensors(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    """A gradient, m, v and a value."""
+    g = torch.Generator().manual_seed(seed)
+    grad, m, value = (torch.randn(shape, generator=g) for _ in range(3))
+    return [grad.to(dtype), m, torch.rand(shape, generator=g), value]
+
+
+def pairs(dtype: torch.dtype = torch.float32) -> tuple[list[list[torch.Tensor]], list[list[torch.Tensor]]]:
+    return tuple([tensors(shape, i, dtype) for i, shape in enumerate(SHAPES)] for _ in range(2))
+
+
+def close(found: object, expected: object) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("score_fn", "dtype"), [("epd", torch.float32), ("pfn", torch.bfloat16)])
+def test_moments_and_sums(compiler, score_fn: str, dtype: torch.dtype) -> None:
+    shared = Tracking((0.9, 0.999), 1e-8, score_fn, torch.tensor(0.7), torch.tensor(True))
+    ours, theirs = pairs(dtype)
+    found = dict(compiler.run(passes.track_all, [tuple(each[:3]) for each in ours], shared, by_row=True))
+    assert sorted(found) == list(range(len(SHAPES)))
+    for i, (each, (grad, m, v, _)) in enumerate(zip(ours, theirs, strict=True)):
+        torch.testing.assert_close(found[i], track_(grad, m, v, shared), rtol=1e-5, atol=0)
+        close(each[:3], [grad, m, v])
+
+
+def test_a_closed_gate_leaves_the_moments(compiler) -> None:
+    shared = Tracking((0.9, 0.999), 1e-8, "epd", None, torch.tensor(False))
+    ours, theirs = pairs()
+    dict(compiler.run(passes.track_all, [tuple(each[:3]) for each in ours], shared))
+    for each, before in zip(ours, theirs, strict=True):
+        assert all(map(torch.equal, each, before))
+
+
+@pytest.mark.parametrize("store", [None, torch.bfloat16])
+def test_values(compiler, store: torch.dtype | None) -> None:
+    ours, theirs = pairs()
+    stores = [None if store is None else torch.zeros(shape, dtype=store) for shape in SHAPES]
+    jobs = [(x[3], x[1], x[2], s, None) for x, s in zip(ours, stores, strict=True)]
+    dict(compiler.run(passes.adamw_all, jobs, COEFFICIENTS))
+    for each, stored, (_, m, v, value) in zip(ours, stores, theirs, strict=True):
+        adamw_(value, m, v, None, None, COEFFICIENTS)
+        close(each[1:], [m, v, value])
+        if stored is not None:
+            torch.testing.assert_close(stored, each[3].to(store), rtol=2**-7, atol=0)
+
+
+def test_rates_and_winners_by_row(compiler) -> None:
+    """Losers keep their bits."""
+    ours, theirs = tensors((4, 1500), 0), tensors((4, 1500), 0)
+    c = COEFFICIENTS._replace(decay=torch.rand(4, 1), step_size=torch.rand(4, 1))
+    winner = torch.tensor([[True], [False], [False], [True]])
+    dict(compiler.run(passes.adamw_all, [(ours[3], ours[1], ours[2], None, winner)], c, by_row=True))
+    before = theirs[3].clone()
+    adamw_(theirs[3], theirs[1], theirs[2], None, winner, c)
+    close(ours[3], theirs[3])
+    assert torch.equal(ours[3][1:3], before[1:3])
+    assert not torch.equal(ours[3][0], before[0])
+
+
+def test_a_whole_step_of_what_is_not_routed(compiler) -> None:
+    numbers = Tracking((0.9, 0.999), 1e-8, "epd", torch.tensor(0.5), torch.tensor(True)), COEFFICIENTS
+    ours, theirs = pairs(torch.float16)
+    dict(compiler.run(passes.unrouted_all, [(x[3], x[1], x[2], None, x[0]) for x in ours], numbers))
+    for each, (grad, m, v, value) in zip(ours, theirs, strict=True):
+        unrouted_(value, m, v, None, grad, numbers)
+        close(each[1:], [m, v, value])
+
+
+def test_products_of_fp32(compiler) -> None:
+    """Layers of several shapes at once; what is not taken is left alone."""
+    g = torch.Generator().manual_seed(0)
+
+    def layers(rows: int, columns: int, count: int) -> Products:
+        made = [torch.randn(rows, columns, generator=g) for _ in range(2 * count)]
+        pair = torch.randn(count, 40, rows, generator=g), torch.randn(count, 40, columns, generator=g)
+        return Products(made[:count], made[count:], *pair)
+
+    listed = [layers(130, 70, 1), layers(16, 48, 3), layers(128, 256, 2)]
+    left_out = listed[1]._replace(bases=[base.double() for base in listed[1].bases])
+    before = [target.clone() for target in left_out.targets]
+    scales = torch.rand(40, generator=g)
+    assert compiler.superpose([listed[0], left_out, listed[2]], scales) == [0, 2]
+    assert all(map(torch.equal, left_out.targets, before))
+    assert compiler.superpose(listed, scales) == [0, 1, 2]
+    for each in listed:
+        for target, base, left, right in zip(*each, strict=True):
+            exact = base.double() + (left * scales[:, None]).double().T @ right.double()
+            torch.testing.assert_close(target, exact.float(), rtol=0, atol=40 * 2**-22)
+
+
+def test_halves_hold_16_bits() -> None:
+    """The product of the halves is that of the factors but for 2^-16 of it."""
+    g = torch.Generator().manual_seed(0)
+    left, right = torch.randn(2, 8, 30, generator=g), torch.randn(2, 8, 50, generator=g)
+    first, second = kernels._halves(left, first=True).double(), kernels._halves(right, first=False).double()
+    assert first.shape == (2, 24, 30)
+    exact = left.double().mT @ right.double()
+    assert (first.mT @ second - exact).norm() <= 2**-16 * exact.norm()
+    assert (first[:, :8].mT @ second[:, :8] - exact).norm() >= 2**-10 * exact.norm()
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_gradients_in_16_bits(compiler, turned: bool) -> None:
+    g = torch.Generator().manual_seed(0)
+    ranks, outs, ins = 40, 130, 80
+    A, Bt = (torch.randn(3, ranks, n, generator=g).half() for n in (ins, outs))
+    grads = [torch.randn(outs, ins, generator=g).half() for _ in range(3)]
+    scales, out = torch.rand(ranks, generator=g), (torch.zeros(3, ranks, ins), torch.zeros(3, ranks, outs))
+    laid_out = [grad.T.contiguous() if turned else grad for grad in grads]
+    assert compiler.gradients(laid_out, A, Bt, scales, out, turned)
+    for i, G in enumerate(grads):
+        close(out[0][i] / 100, scales[:, None] * (Bt[i].float() @ G.float()) / 100)
+        close(out[1][i] / 100, scales[:, None] * (A[i].float() @ G.float().T) / 100)
+    assert not compiler.gradients([grad.float() for grad in laid_out], A.float(), Bt.float(), scales, out, turned)
