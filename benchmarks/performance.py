@@ -95,6 +95,14 @@ def bars() -> str:
         ("step time not linear in parameters, four sizes: 1 - r²", 0.01, 1 - growth_r2(GROWN)),
         ("1, 2, 4 or 8 experts of equal total rank, slowest / fastest", 1.05, experts_spread()),
     ]
+    for size, shape in GPU_SHAPES.items():
+        for bench, text, bar in (
+            ("train", "whole training step", 1.03),
+            ("step", "optimizer step with its matmuls", 1.35),
+        ):
+            if (RESULTS / f"bench_{bench}_gpu_{size}.json").exists():
+                found = over(load(f"{bench}_gpu_{size}"), "molf", "fft-amp")
+                rows.append((f"{shape} on a GPU, {text}, MoLF / fused AdamW of fp32 weights", bar, found))
     cells = [[what, f"{bar:g}", f"{value:.4g}", "yes" if value <= bar else "**no**"] for what, bar, value in rows]
     few = min(len(row(data, "fft")["rounds"]["total"]) for data in (step, train, four))
     trial = f"\n\nOnly {few} rounds where nine are the rule: a trial of the tools, no result." if few < 9 else ""
@@ -252,11 +260,16 @@ def gpu() -> str:
             parts.append(f"{shape}, bf16, 8 x 1,024 tokens, rank 128: not measured.")
             continue
         data = load(f"step_gpu_{size}")
-        waits = {label: entry.get("syncs") for label, entry in data["contenders"].items() if entry.get("syncs")}
-        listed = "; ".join(f"{name}: {', '.join(f'{k} {v}' for k, v in w.items())}" for name, w in waits.items())
+        waits = {label: entry.get("syncs") or {} for label, entry in data["contenders"].items()}
+        listed = "; ".join(
+            f"{name}: {', '.join(f'{k} {v}' for k, v in found.items() if v) or 'none'}" for name, found in waits.items()
+        )
         parts.append(f"{shape}, optimizer step\n\n{table(*_steps(data, ON_GPU, 'fft-amp'))}\n{where(data)}")
         parts.append(f"Waits for the device in one step, from a profiler's trace. {listed}.")
         for suffix, text in (("", "without"), ("_checkpointing", "with")):
+            if not (RESULTS / f"bench_train_gpu_{size}{suffix}.json").exists():
+                parts.append(f"{shape}, training step {text} gradient checkpointing: not measured.")
+                continue
             trained = load(f"train_gpu_{size}{suffix}")
             head = ["contender", "ms", "quartiles", "tokens/s", "/ fft-amp", "/ fft", "/ lora", "peak GiB"]
             rows = []

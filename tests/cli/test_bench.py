@@ -447,7 +447,7 @@ def test_tables_fail_where_a_row_is_missing(performance, tmp_path, monkeypatch) 
 
 
 def test_gpu_results(performance, tmp_path, monkeypatch) -> None:
-    """Not measured where there is none; where the step was measured, training must be there too."""
+    """What is not there was not measured."""
     monkeypatch.setattr(performance, "RESULTS", tmp_path)
     assert performance.gpu().count("not measured") == 2
     times = {"rounds": {"total": [2.0]}, "summary": {"total": summary([2.0])}, "warmup": [5.0], "dense_wins": None}
@@ -474,10 +474,7 @@ def test_gpu_results(performance, tmp_path, monkeypatch) -> None:
     assert text.count("| fft-amp | out of memory |") == 1
     assert "cudaStreamSynchronize 1" in text
     (tmp_path / "bench_train_gpu_3b_checkpointing.json").unlink()
-    with pytest.raises(
-        ValueError, match=r"bench_train_gpu_3b_checkpointing\.json is missing: run benchmarks/bench_gpu\.sh"
-    ):
-        performance.gpu()
+    assert "Qwen2.5-3B, training step with gradient checkpointing: not measured." in performance.gpu()
 
 
 def test_the_figure_shows_the_results(performance, tmp_path, monkeypatch) -> None:

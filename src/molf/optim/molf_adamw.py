@@ -112,7 +112,8 @@ class MoLFAdamW(MoLFStep):
         if processes() > 1:
             self._check_processes()
         self._check_written()
-        active = [module for module in self.modules if self._has_gradients(module)]
+        present = [[p.grad is not None for p in group["params"]] for group in self.param_groups]
+        active = [module for module in self.modules if _has_gradients(module, present)]
         self._check_resumed({module.name for module in active})
         self.decisions = []
         self._step(active, [each for each in self._others() if each.parameter.grad is not None])
@@ -141,16 +142,6 @@ class MoLFAdamW(MoLFStep):
         hooks.stepped.clear()
         self._remember_written()
 
-    def _has_gradients(self, module: RoutedModule) -> bool:
-        groups = self.param_groups
-        present = [groups[group]["params"][index].grad is not None for group, index in module.slots]
-        if any(present) and not all(present):
-            raise RuntimeError(
-                f"{module.name}: some of its weight, bias and adapter have a gradient and some have none; "
-                "set requires_grad on all of them, or make the optimizer after freezing"
-            )
-        return all(present)
-
     def _check_resumed(self, active: set[str]) -> None:
         """After a resume, every module that had taken part in all steps must take part again."""
         lost = sorted(self._awaits_gradient - active)
@@ -161,3 +152,14 @@ class MoLFAdamW(MoLFStep):
                 "make the optimizer from the model that is trained"
             )
         self._awaits_gradient = set()
+
+
+def _has_gradients(module: RoutedModule, present: Sequence[Sequence[bool]]) -> bool:
+    """Whether the module takes part in a step; ``present`` says by group which parameters have a gradient."""
+    found = [present[group][index] for group, index in module.slots]
+    if any(found) and not all(found):
+        raise RuntimeError(
+            f"{module.name}: some of its weight, bias and adapter have a gradient and some have none; "
+            "set requires_grad on all of them, or make the optimizer after freezing"
+        )
+    return all(found)
