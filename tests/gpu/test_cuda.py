@@ -76,10 +76,11 @@ def reads(monkeypatch) -> Iterator[list[int]]:
     torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_step_waits_once(reads, name: str, compiled: bool) -> None:
-    made = model(torch.bfloat16)
+def test_a_step_waits_once(reads, name: str, compiled: bool, dtype: torch.dtype) -> None:
+    made = model(dtype)
     optimizer = optimizer_of(made, compile=compiled, **VARIANTS[name])
     for number in range(3):
         step(made, optimizer, number)

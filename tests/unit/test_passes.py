@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -161,6 +162,26 @@ def test_where_triton_fails_auto_warns_and_true_is_an_error(monkeypatch, kernels
         torch.testing.assert_close(own, (grad, m, v), rtol=1e-6, atol=1e-8)
     with pytest.raises(passes.CompileError, match=r"compile=True, but compiling failed .*use compile=False"):
         passes.Passes(True, 0, torch.device("cuda")).run(passes.track_all, ours, shared)
+
+
+def test_without_triton_auto_warns_and_true_is_an_error(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "molf.optim.kernels", None)
+    shared = Tracking((0.9, 0.999), 1e-8, "epd")
+    automatic = passes.Passes("auto", 2**40, torch.device("cuda"))
+    with pytest.warns(UserWarning, match="run uncompiled, which is slower: Triton: "):
+        assert automatic.run(passes.track_all, jobs([(4,)]), shared)[0] > 0
+    with pytest.raises(passes.CompileError, match=r"compile=True, but compiling failed \(Triton: .*use compile=False"):
+        passes.Passes(True, 0, torch.device("cuda")).run(passes.track_all, jobs([(4,)]), shared)
+
+
+@pytest.mark.parametrize(
+    ("error", "becomes"),
+    [(RuntimeError("no C compiler"), passes.CompileError), (torch.OutOfMemoryError("full"), torch.OutOfMemoryError)],
+)
+def test_what_keeps_triton_from_compiling(kernels, error: Exception, becomes: type[Exception]) -> None:
+    """A machine without a C compiler runs uncompiled; one without memory does not."""
+    with pytest.raises(becomes), kernels._compiling(torch.zeros(1)):
+        raise error
 
 
 def test_compile_is_checked() -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .adamw import Coefficients, Tracking
-from .passes import CompileError, Job, Pass, adamw_all, track_all, unrouted_all
+from .passes import Job, Pass, adamw_all, track_all, unrouted_all
 from .virtual import Products
 
 EPD, PFN, UPDATE, UNROUTED = range(4)
@@ -55,10 +55,7 @@ class Numbers(NamedTuple):
 
 
 class Compiled:
-    """Runs jobs of a pass. Make one per optimizer."""
-
-    FAILED = (CompileError,)
-    """What is raised, before a job has run, where there is no working compiler."""
+    """Runs jobs of a pass. Make one per optimizer. A ``CompileError`` is raised before a job has run, or not at all."""
 
     LOW: tuple[torch.dtype, ...] = (torch.bfloat16,)
     """Formats of 16 bits."""

@@ -144,11 +144,13 @@ def _halves(factor: Tensor, first: bool) -> Tensor:
 
 @contextmanager
 def _compiling(like: Tensor) -> Iterator[None]:
-    """On the tensor's device; what keeps Triton from compiling is a ``CompileError``."""
+    """On the tensor's device; what keeps Triton from compiling, such as a missing C compiler, is a ``CompileError``."""
     try:
         with torch.cuda.device(like.device) if like.is_cuda else nullcontext():
             yield
-    except (TritonError, OSError, subprocess.SubprocessError) as error:
+    except (TritonError, RuntimeError, OSError, subprocess.SubprocessError) as error:
+        if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)):
+            raise
         raise CompileError(f"Triton: {error}") from error
 
 

@@ -126,10 +126,9 @@ class Passes:
 
     def _attempt(self, call: Callable[[Any], Any]) -> Any:
         """What the compiler's function returns; None where compiling fails, and "auto" has stopped then."""
-        compiler = self._get_compiler()
         try:
-            return call(compiler)
-        except compiler.FAILED as error:
+            return call(self._get_compiler())
+        except CompileError as error:
             reason = str(error).strip().split("\n")[0]
             if self.must_compile:
                 raise CompileError(f"compile=True, but compiling failed ({reason}): use compile=False") from error
@@ -138,13 +137,20 @@ class Passes:
             return None
 
     def _get_compiler(self) -> Any:
+        """What runs where the optimizer is; imported when it is needed.
+
+        Raises:
+            CompileError: If Triton is not installed.
+        """
         if self._compiler is None and self._device.type == "cpu":
             from .native import Native
 
             self._compiler = Native()
         elif self._compiler is None:
-            from .kernels import Kernels
-
+            try:
+                from .kernels import Kernels
+            except ImportError as error:
+                raise CompileError(f"Triton: {error}") from error
             self._compiler = Kernels()
         return self._compiler
 

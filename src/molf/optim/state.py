@@ -223,8 +223,9 @@ class MoLFState(Optimizer):
             pairs = zip(each.bases, each.targets, strict=True)
             own = [i for i, pair in enumerate(pairs) if not virtual.shares_storage(*pair)]
             if own and len(own) < len(each.targets):
+                chosen = numbers(own, each.left, torch.long)
                 targets, bases = ([tensors[i] for i in own] for tensors in each[:2])
-                each = Products(targets, bases, each.left[own], each.right[own])
+                each = Products(targets, bases, each.left[chosen], each.right[chosen])
             if own:
                 places[each.left.device].append(each)
         for there in places.values():

@@ -244,11 +244,13 @@ def _of_optimizer(optimizer: Any) -> Iterator[Held]:
 def _of_step(optimizer: Any) -> tuple[int, int]:
     """Bytes that a step needs beside the state, and how many of them FSDP2's processes sum.
 
-    Gradients of experts that are no parameters, those that are gathered from several modules, and a pass's tensors.
+    Gradients of experts that are no parameters, gradients and values that are gathered, and a pass's tensors.
     """
     sizes, summed = [], 0
     for stack in optimizer.stacks().all:
         gathered, virtual = len(stack) > 1, stack.modules[0].lora_A is None
+        several = [part for part in (*stack.dense, *(stack.pair or ())) if len(part.parameters) > 1]
+        sizes += [_size(part.exp_avg) for part in several if part.value is None]
         sizes += [_size(part.exp_avg) for part in stack.dense if len(part.members) > 1]
         for factor, part in enumerate(stack.pair or ()):
             if gathered or virtual or part.turned:  # a real adapter's B is scaled
