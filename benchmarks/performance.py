@@ -185,6 +185,18 @@ def _train_cells(data: Result, label: str, peers: tuple[str, ...]) -> list[str]:
     ]
 
 
+def other_cpu() -> str:
+    """What the bars of time say on a CPU without AVX-512."""
+    step, train = load("step_cpu_avx2"), load("train_cpu_avx2")
+    rows = []
+    for label in (*FORCED, "molf-e"):
+        peer = "lora" if label == "molf-e" else "fft"
+        rest = times(step, label, peer, 2, "without_matmuls") if label in FORCED else "-"
+        rows.append([label, times(step, label, peer, 2), rest, times(train, label, peer), f"/ {peer}"])
+    head = ["contender", "step", "step without its matmuls", "whole training step", "over"]
+    return table(head, rows) + "\n" + where(step) + "\n" + where(train)
+
+
 def memory() -> str:
     """Peak memory, and what the tensors account for."""
     data = load("memory_cpu")
@@ -362,4 +374,4 @@ def spread(values: list[float], digits: int) -> str:
     return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f}"
 
 
-TABLES = (bars, step, train, memory, low_memory, drift, growth, overhead, compilers, gpu)
+TABLES = (bars, step, train, other_cpu, memory, low_memory, drift, growth, overhead, compilers, gpu)
