@@ -160,9 +160,12 @@ def test_loading_a_state_brings_the_weights_with_it() -> None:
     assert torch.equal(model.get_parameter(layer), other.get_parameter(layer))
 
 
-def test_a_converted_model_is_noticed() -> None:
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_converted_model_is_noticed(steps: int) -> None:
     model = causal_lm("llama")
     optimizer = create_molf_optimizer(model, MoLFConfig(expert_ranks=()))
+    for step in range(steps):
+        lm_step(model, optimizer, step)
     model.bfloat16()
     with pytest.raises(RuntimeError, match=r"is torch\.bfloat16 now: convert the model before"):
         lm_step(model, optimizer, 0)

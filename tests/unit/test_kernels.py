@@ -5,6 +5,10 @@ The interpreter has no products of bf16 and rounds to it otherwise than a device
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -140,3 +144,50 @@ def test_gradients_in_16_bits(compiler, turned: bool) -> None:
         close(out[0][i] / 100, scales[:, None] * (Bt[i].float() @ G.float()) / 100)
         close(out[1][i] / 100, scales[:, None] * (A[i].float() @ G.float().T) / 100)
     assert not compiler.gradients([grad.float() for grad in laid_out], A.float(), Bt.float(), scales, out, turned)
+
+
+def test_sums_that_do_not_compile_leave_the_moments(compiler, monkeypatch) -> None:
+    """What is run again uncompiled must not have run."""
+
+    class Fails:
+        def __getitem__(self, grid: object) -> None:
+            raise RuntimeError("no space left")
+
+    monkeypatch.setattr(kernels, "_sums", Fails())
+    ours, theirs = tensors((2, 50), 0), tensors((2, 50), 0)
+    with pytest.raises(passes.CompileError, match="no space left"):
+        dict(compiler.run(passes.track_all, [tuple(ours[:3])], Tracking((0.9, 0.999), 1e-8, "epd")))
+    assert all(map(torch.equal, ours, theirs))
+
+
+SHARED_MEMORY = """
+import torch, triton, triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from molf.optim import kernels
+
+def shared(kernel, constants):
+    known = {"scales": "*fp32", "table": "*i64", **dict.fromkeys(constants, "constexpr")}
+    signature = {name: known.get(name, "i32") for name in kernel.arg_names}
+    source = ASTSource(kernel, signature, constants)
+    return triton.compile(source, target=GPUTarget("cuda", 86, 32), options={"num_warps": 8}).metadata.shared
+
+tile = {"ALIGNED": True, "TILE": kernels.TILE}
+for name, kernel, more in (
+    ("fp32", kernels._products, {"TARGET": tl.float32, "FACTOR": tl.float32, "DEPTH": kernels.DEPTH // 2}),
+    ("bf16", kernels._products, {"TARGET": tl.bfloat16, "FACTOR": tl.bfloat16, "DEPTH": kernels.DEPTH}),
+    ("gradients", kernels._gradients, {"GRAD": tl.bfloat16, "TURNED": True, "DEPTH": kernels.DEPTH}),
+):
+    print(name, shared(kernel, {**tile, **more}))
+"""
+
+
+def test_the_shared_memory_of_smaller_gpus_is_enough() -> None:
+    """99 KiB, as of compute capability 8.6; compiled for it, which needs no device."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", SHARED_MEMORY]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    sizes = {name: int(size) for name, size in (line.split() for line in done.stdout.splitlines()[-3:])}
+    assert sizes.keys() == {"fp32", "bf16", "gradients"}
+    assert all(0 < size <= 99 * 2**10 for size in sizes.values()), sizes

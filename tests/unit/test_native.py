@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
+from molf import MoLFAdamW, MoLFConfig, create_molf_optimizer
 from molf.optim import native, passes
 from molf.optim.adamw import Coefficients, Tracking, adamw_, track_, unrouted_
 from molf.optim.virtual import Products
@@ -221,3 +224,31 @@ def test_products_of_small_layers(dtype: torch.dtype) -> None:
             torch.set_num_threads(1)
             assert native.Native().superpose([alone], scales) == [0]
             assert torch.equal(alone.targets[0], target)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(0, 4), (4, 0)])
+def test_products_of_nothing_are_left_to_torch(rows: int, columns: int) -> None:
+    """A process may hold no row of a sharded layer."""
+    empty = Products(
+        [torch.zeros(rows, columns)], [torch.zeros(rows, columns)], torch.zeros(1, 5, rows), torch.zeros(1, 5, columns)
+    )
+    assert native.Native().superpose([empty], torch.ones(5)) == []
+
+
+def test_a_state_is_not_half_loaded_where_compiling_fails(monkeypatch) -> None:
+    def optimizer_of(model: torch.nn.Module) -> MoLFAdamW:
+        return create_molf_optimizer(model, MoLFConfig(expert_ranks=(2,), compile=True, policy="fixed-lora"))
+
+    def fails() -> None:
+        raise passes.CompileError("broken")
+
+    model, other = (torch.nn.Sequential(torch.nn.Linear(6, 6)) for _ in range(2))
+    optimizer, loading = optimizer_of(model), optimizer_of(other)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    before = copy.deepcopy((other.state_dict(), loading.state_dict()["state"]))
+    monkeypatch.setattr(native, "_library", fails)
+    with pytest.raises(passes.CompileError, match="compile=True, but compiling failed"):
+        loading.load_state_dict(optimizer.state_dict())
+    torch.testing.assert_close((other.state_dict(), loading.state_dict()["state"]), before, rtol=0, atol=0)

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import causal_lm, lm_step
 from molf import MoLFConfig, create_molf_optimizer, molf_lora_config
-from molf.optim import stacks
+from molf.optim import stacks, virtual
 
 MOLF = MoLFConfig(expert_ranks=(2, 3), lora_alpha=(3.0, 5.0), lr=1e-3, lora_lr=1e-3, compile=False)
 EFFICIENT = MoLFConfig(expert_ranks=(2, 3), train_base=False, lora_lr=3e-3, compile=False)
@@ -201,4 +201,118 @@ def test_a_tensor_in_the_place_of_one_that_is_gone_is_seen():
     for _ in range(3):
         entries["exp_avg"] = None
         entries["exp_avg"] = value.clone()
+    assert optimizer.stacks() is not before
+
+
+def _steps(model, optimizer, numbers):
+    for number in numbers:
+        g = torch.Generator().manual_seed(number)
+        for parameter in model.parameters():
+            scale = 10 ** (-3 + 2 * torch.rand((), generator=g))  # so that winners change
+            parameter.grad = (torch.randn(parameter.shape, generator=g) * scale).to(parameter.dtype)
+        optimizer.step()
+
+
+def _small(compile=True):
+    """Eight layers in one stack, four in another."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(8, 8) for _ in range(8)] + [nn.Linear(8, 6) for _ in range(4)]
+    model = nn.ModuleList(layers)
+    config = replace(MOLF, compile=compile, policy="random", random_shares=(0.8, 0.1, 0.1))
+    return model, create_molf_optimizer(model, config)
+
+
+def test_small_layers_have_their_w_in_one_tensor_once_lora_has_won_one_of_them():
+    """Not before, nor uncompiled; who lost keeps its W in every bit."""
+    lost = 0
+    for compiled in (True, False):
+        model, optimizer = _small(compiled)
+        shared = []
+        for step in range(12):
+            before = {name: optimizer.state[layer.weight]["base"].clone() for name, layer in model.named_children()}
+            _steps(model, optimizer, [step])
+            for name, layer in model.named_children():
+                stays = "dense" not in optimizer.routing[name].winners
+                assert torch.equal(optimizer.state[layer.weight]["base"], before[name]) == stays
+                lost += stays
+            shared.append([part.value is not None for stack in optimizer.stacks().all for part in stack.weights])
+            apart = [optimizer.state[layer.weight]["base"].data_ptr() != layer.weight.data_ptr() for layer in model]
+            won = [bool(optimizer.state[layer.weight]["lora_B"].any()) for layer in model]
+            stacks_of = [range(8), range(8, 12)]
+            expected = [any(won[i] for i in of) if compiled else won[k] for of in stacks_of for k in of]
+            assert apart == expected
+        assert shared[-1] == [compiled, compiled] or not compiled
+    assert lost > 10
+
+
+def test_somebody_else_s_w_is_seen():
+    model, optimizer = _small()
+    _steps(model, optimizer, range(6))
+    before, entries = optimizer.stacks(), optimizer.state[model[1].weight]
+    assert before.all[0].weights[0].value is not None
+    entries["base"] = entries["base"] + 1
+    optimizer.sync_weights()
+    assert optimizer.stacks() is not before
+    old = entries["base"].clone()
+    _steps(model, optimizer, [6])
+    assert (entries["base"] - old).abs().max() < 0.1
+    torch.testing.assert_close(model[1].weight.mean() - model[0].weight.mean(), torch.tensor(1.0), rtol=0, atol=0.2)
+
+
+def test_a_resume_with_some_w_of_a_stack_that_are_the_weights():
+    """After a load W is P where B = 0, and the next steps are the same bits."""
+    model, optimizer = _small()
+    _steps(model, optimizer, range(2))
+    again = copy.deepcopy(model)
+    resumed = create_molf_optimizer(again, optimizer.config)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    own = [resumed.state[layer.weight]["base"].data_ptr() != layer.weight.data_ptr() for layer in again[:8]]
+    assert set(own) == {True, False}
+    for each in ((model, optimizer), (again, resumed)):
+        _steps(*each, range(2, 10))
+    assert all(map(torch.equal, model.parameters(), again.parameters()))
+
+
+def test_parts_of_a_tensor_in_another_order_are_copied():
+    whole = torch.tensor([[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]])
+    for order in ([0, 1, 2], [1, 0, 2], [0, 1]):
+        states = [{"x": whole.unbind()[i]} for i in order]
+        joined = stacks._shared(states, "x", by_row=True, turned=False)
+        assert joined.view(-1, 2).tolist() == whole[order].tolist()
+        assert (joined.data_ptr() == whole.data_ptr()) == (order == [0, 1, 2])
+        assert all(state["x"].tolist() == whole[i].tolist() for state, i in zip(states, order, strict=True))
+
+
+def test_weights_without_masters_are_rounded_stochastically_compiled_or_not(monkeypatch):
+    rounded = []
+    own = virtual.round_stochastically
+    monkeypatch.setattr(virtual, "round_stochastically", lambda value, to: (rounded.append(to.shape), own(value, to)))
+    for compiled in (True, False):
+        model = nn.Sequential(nn.Linear(8, 8)).bfloat16()
+        optimizer = create_molf_optimizer(model, replace(MOLF, compile=compiled, keep_base=False, policy="fixed-lora"))
+        rounded.clear()
+        _steps(model, optimizer, range(3))
+        assert torch.Size([8, 8]) in rounded
+
+
+def test_layers_of_two_dtypes_are_written_with_their_own_scales():
+    """Compiled code takes those of fp32 alone."""
+    model = nn.ModuleList([nn.Linear(6, 6).double(), nn.Linear(6, 6)])
+    optimizer = create_molf_optimizer(model, replace(MOLF, compile=True, policy="fixed-lora"))
+    _steps(model, optimizer, range(4))
+    for layer in model:
+        state, s = optimizer.state[layer.weight], torch.tensor([MOLF.scales[0]] * 2 + [MOLF.scales[1]] * 3)
+        exact = state["base"].double() + (state["lora_B"] * s).double() @ state["lora_A"].double()
+        assert (layer.weight.double() - exact).abs().max() < 1e-6
+        assert (layer.weight.double() - state["base"].double()).abs().max() > 1e-3
+
+
+def test_a_w_of_its_own_makes_no_new_stacks_of_layers_that_are_not_gathered():
+    model = nn.Sequential(nn.Linear(256, 128), nn.Linear(128, 256))
+    optimizer = create_molf_optimizer(model, replace(MOLF, policy="fixed-lora"))
+    before = optimizer.stacks()
+    _steps(model, optimizer, [0])
+    assert optimizer.state[model[0].weight]["base"].data_ptr() != model[0].weight.data_ptr()
+    assert optimizer.stacks() is before
+    optimizer.state[model[0].weight]["exp_avg"] = optimizer.state[model[0].weight]["exp_avg"].clone()
     assert optimizer.stacks() is not before

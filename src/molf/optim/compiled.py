@@ -55,10 +55,17 @@ class Numbers(NamedTuple):
 
 
 class Compiled:
-    """Runs jobs of a pass. Make one per optimizer. A ``CompileError`` is raised before a job has run, or not at all."""
+    """Runs jobs of a pass. Make one per optimizer. After a ``CompileError`` a job has run if its result was given."""
 
     LOW: tuple[torch.dtype, ...] = (torch.bfloat16,)
     """Formats of 16 bits."""
+
+    def prepare(self) -> None:
+        """Compile what can be compiled before there are jobs.
+
+        Raises:
+            CompileError: If that fails.
+        """
 
     def run(self, function: Pass, jobs: Sequence[Job], shared: Any, by_row: bool = False) -> Iterator[tuple[int, Any]]:
         """Results by the jobs' numbers, as ``Passes.run``, of those that are taken."""
@@ -91,7 +98,7 @@ class Compiled:
 
     def superpose(self, listed: Sequence[Products], scales: Tensor) -> list[int]:
         """Write P of layers whose scales are s_i over the ranks, (R,); returns which it has taken."""
-        taken = [i for i, each in enumerate(listed) if self._are_products(each)]
+        taken = [i for i, each in enumerate(listed) if self._is_plain(scales) and self._are_products(each)]
         if taken:
             self._superpose([listed[i] for i in taken], scales)
             torch.autograd.graph.increment_version([target for i in taken for target in listed[i].targets])

@@ -35,7 +35,7 @@ TILE = 128
 """Rows and columns of a product that one program takes."""
 
 DEPTH = 64
-"""Terms of its sums that it takes at once."""
+"""Terms of its sums in 16 bits that it takes at once; half as many in fp32, for the shared memory of smaller GPUs."""
 
 _FIELDS = tl.constexpr(14)
 _EPD, _PFN, _UPDATE = tl.constexpr(EPD), tl.constexpr(PFN), tl.constexpr(UPDATE)
@@ -46,6 +46,9 @@ class Kernels(Compiled):
     """Runs jobs on a GPU."""
 
     LOW = (torch.bfloat16, torch.float16)
+
+    def __init__(self) -> None:
+        self._sums_compiled = False
 
     def _pass(self, kind: int, rows: Sequence[Row], numbers: Numbers, like: Tensor) -> Iterator[Sequence[int]]:
         alike: dict[Any, list[int]] = defaultdict(list)
@@ -58,6 +61,10 @@ class Kernels(Compiled):
                 pieces, lines = pieces + row.rows * -(-row.columns // PIECE), lines + row.rows
             table = to_device(listed, like, torch.long)
             terms = like.new_empty(pieces) if kind < UPDATE else None
+            if terms is not None and lines and not self._sums_compiled:  # before the pass has run: it may fail
+                with _compiling(like):
+                    _sums[(lines,)](table, len(listed), terms.zero_(), PIECE, BLOCK)
+                self._sums_compiled = True
             if pieces:
                 with _compiling(like):
                     _pass[(pieces,)](
@@ -81,25 +88,19 @@ class Kernels(Compiled):
             yield chosen
 
     def _superpose(self, listed: Sequence[Products], scales: Tensor) -> None:
-        alike: dict[Any, list[Any]] = defaultdict(list)
-        tiles: dict[Any, int] = defaultdict(int)
-        factors = []  # which have to be there until the kernel has been launched
         for each in listed:
             rows, columns, dtype = each.left.shape[2], each.right.shape[2], each.targets[0].dtype
-            across = -(-rows // TILE) * -(-columns // TILE)
-            left, right = each.left * scales[:, None], each.right
+            left, right, depth = each.left * scales[:, None], each.right, DEPTH // 2
             if dtype != torch.float32:
-                left, right = _halves(left, first=True), _halves(right, first=False)
-            factors += [left, right]
-            for own in addresses(each.targets, each.bases, left, right):
-                key = (dtype, left.dtype, left.shape[1], _is_aligned(own, rows, columns))
-                alike[key].append((*own, rows, columns, tiles[key]))
-                tiles[key] += across
-        for (dtype, factor, rank, aligned), table in alike.items():
-            numbers = (to_device(table, scales, torch.long), len(table), rank)
+                left, right, depth = _halves(left, first=True), _halves(right, first=False), DEPTH
+            tiles = -(-rows // TILE) * -(-columns // TILE)
+            owns = addresses(each.targets, each.bases, left, right)
+            table = [(*own, rows, columns, i * tiles) for i, own in enumerate(owns)]
+            aligned = all(_is_aligned(row[:4], rows, columns) for row in table)
+            numbers = (to_device(table, scales, torch.long), len(table), left.shape[1])
             with _compiling(scales):
-                _products[(tiles[dtype, factor, rank, aligned],)](
-                    *numbers, _TYPES[dtype], _TYPES[factor], aligned, TILE, DEPTH, num_warps=8
+                _products[(tiles * len(table),)](
+                    *numbers, _TYPES[dtype], _TYPES[left.dtype], aligned, TILE, depth, num_warps=8
                 )
 
     def gradients(

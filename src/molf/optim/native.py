@@ -32,6 +32,10 @@ PRODUCT_TO = 2**15
 class Native(Compiled):
     """Runs jobs on a CPU."""
 
+    def prepare(self) -> None:
+        """Compile everything."""
+        _library()
+
     def _pass(self, kind: int, rows: Sequence[Row], numbers: Numbers, like: Tensor) -> Iterator[Sequence[int]]:
         if numbers.gate is not None:
             return

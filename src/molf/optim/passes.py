@@ -103,6 +103,15 @@ class Passes:
             results |= zip(indices, found, strict=True)
         return [results[i] for i in range(len(jobs))]
 
+    def prepare(self) -> None:
+        """Find out whether compiling works.
+
+        Raises:
+            CompileError: If it does not and was asked for.
+        """
+        if self.compiles:
+            self._attempt(lambda compiler: compiler.prepare())
+
     def superpose(self, listed: Sequence[Any], scales: Tensor) -> list[int]:
         """P = W + Σ s_i B_i A_i of layers, compiled; returns which were: the others are left to torch.
 

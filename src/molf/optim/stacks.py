@@ -175,7 +175,10 @@ class Stacks:
         self._singles: dict[str, Stack] = {}
         self.others = [self._make_other(group) for group in self._grouped_others()]
         self._single_others: dict[str, OtherStack] = {}
-        self._held = self._tensors()
+        parts = [part for stack in self.all for part in (*stack.weights, *stack.dense)]
+        parts += [part for stack in self.all for part in stack.pair or ()] + [other.part for other in self.others]
+        self._gathered = {id(each) for part in parts if len(part.parameters) > 1 for each in part.parameters}
+        self._held, self._held_firm = self._tensors(), self._firm()
 
     def fit(self, groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, dict[str, Tensor]]) -> bool:
         """Whether the optimizer still holds the groups, whose rates are read, and the tensors that these stacks are of.
@@ -185,7 +188,11 @@ class Stacks:
         if groups is not self._groups or state is not self._state:
             return False
         found = self._tensors()
-        return len(found) == len(self._held) and all(map(operator.is_, found, self._held))
+        if _same(found, self._held):
+            return True
+        # a W of its own in the place of the weight: nothing here refers to that of a layer that is not gathered
+        self._held = found
+        return _same(self._firm(), self._held_firm)
 
     def of(self, active: Sequence[RoutedModule], others: Sequence[Unrouted]) -> tuple[list[Stack], list[OtherStack]]:
         """What takes part in a step: whole stacks, and one by one what is left of a stack or has made other steps."""
@@ -230,6 +237,14 @@ class Stacks:
         found += [parameter.dtype for parameter in found]
         for entries in self._state.values():
             found += entries.values()
+        return found
+
+    def _firm(self) -> list[Any]:
+        """``_tensors`` without the W's and masters of parameters that are not gathered."""
+        found = self._tensors()[: 2 * len(self.position)]
+        for parameter, entries in self._state.items():
+            gathered = id(parameter) in self._gathered
+            found += [tensor for key, tensor in entries.items() if gathered or key != "base"]
         return found
 
     def _parameter(self, slot: Slot) -> Tensor:
@@ -344,6 +359,10 @@ class Stacks:
         if len(tensors) == 2 and len(parameters) > 1 and all(own):
             tensors.append(_shared(states, "base", by_row, turned))
         return Part(list(slots), members, parameters, states, by_row, turned, *tensors)
+
+
+def _same(found: Sequence[Any], held: Sequence[Any]) -> bool:
+    return len(found) == len(held) and all(map(operator.is_, found, held))
 
 
 def gradient(parameter: Tensor) -> Tensor:

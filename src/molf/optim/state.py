@@ -159,9 +159,11 @@ class MoLFState(Optimizer):
 
         Raises:
             ValueError: If the state is of other experts, another score or other parameters.
+            CompileError: With ``compile=True``, if there is no working compiler.
         """
         state_dict = with_bare_groups(state_dict)
         check_loadable(self, state_dict)
+        self._passes.prepare()
         kept = self.state
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         self.state = kept
@@ -218,7 +220,7 @@ class MoLFState(Optimizer):
 
         Nothing is done where W is the weight itself, as while B = 0.
         """
-        places: dict[torch.device, list[Products]] = defaultdict(list)
+        places: dict[tuple[torch.device, torch.dtype], list[Products]] = defaultdict(list)
         for each in listed:
             pairs = zip(each.bases, each.targets, strict=True)
             own = [i for i, pair in enumerate(pairs) if not virtual.shares_storage(*pair)]
@@ -227,7 +229,7 @@ class MoLFState(Optimizer):
                 targets, bases = ([tensors[i] for i in own] for tensors in each[:2])
                 each = Products(targets, bases, each.left[chosen], each.right[chosen])
             if own:
-                places[each.left.device].append(each)
+                places[each.left.device, each.left.dtype].append(each)
         for there in places.values():
             scales, nearest = self._per_rank(self.config.scales, there[0].left), self.config.keep_base
             taken = set(self._passes.superpose(there, scales) if nearest else ())
