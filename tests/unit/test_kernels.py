@@ -160,6 +160,18 @@ def test_sums_that_do_not_compile_leave_the_moments(compiler, monkeypatch) -> No
     assert all(map(torch.equal, ours, theirs))
 
 
+def test_jobs_that_are_alike_share_a_launch(compiler, monkeypatch) -> None:
+    """Whatever their number and shape: sums, which lie one after the other, are not aligned and need not be."""
+    launches = []
+    compiling = kernels._compiling
+    monkeypatch.setattr(kernels, "_compiling", lambda like: launches.append(like) or compiling(like))
+    for count in (1, 5):
+        jobs = [tuple(tensors((3 + i, 32), i)[:3]) for i in range(count)]
+        launches.clear()
+        dict(compiler.run(passes.track_all, jobs, Tracking((0.9, 0.999), 1e-8, "epd")))
+        assert len(launches) == (3 if count == 1 else 2)  # the first one compiles the sums
+
+
 SHARED_MEMORY = """
 import torch, triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
