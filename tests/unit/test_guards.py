@@ -243,3 +243,15 @@ def test_recorder_never_destroys_a_file(tmp_path) -> None:
     optimizer.load_state_dict(create_molf_optimizer(causal_lm("llama"), TWO).state_dict())
     recorder.close()
     assert len(read_routing(tmp_path / "r.jsonl")[1]) == 1
+
+
+def test_a_module_that_is_frozen_in_part_is_refused() -> None:
+    """Its experts would no longer be compared over what they train."""
+    model = torch.nn.Sequential(torch.nn.Linear(6, 6))
+    optimizer = create_molf_optimizer(model, MoLFConfig(expert_ranks=(2,)))
+    model[0].bias.requires_grad_(False)
+    model(torch.randn(3, 6)).square().mean().backward()
+    with pytest.raises(
+        RuntimeError, match=r"0: some of its weight, bias and adapter have a gradient and some have none"
+    ):
+        optimizer.step()
