@@ -95,6 +95,13 @@ def bars() -> str:
         ("step time not linear in parameters, four sizes: 1 - r²", 0.01, 1 - growth_r2(GROWN)),
         ("1, 2, 4 or 8 experts of equal total rank, slowest / fastest", 1.05, experts_spread()),
     ]
+    step, train = load("step_cpu_avx2"), load("train_cpu_avx2")
+    dense, lora = (over(step, name, "fft", "without_matmuls") for name in ("molf-dense-late", "molf-lora"))
+    rows += [
+        ("without AVX-512: whole training step, MoLF / fused AdamW", 1.05, over(train, "molf", "fft")),
+        ("without AVX-512: optimizer step without its matmuls, dense wins everywhere", 1.6, dense),
+        ("without AVX-512: the same, LoRA wins everywhere", 1.1, lora),
+    ]
     for size, shape in GPU_SHAPES.items():
         for bench, text, bar in (
             ("train", "whole training step", 1.03),
