@@ -37,10 +37,14 @@ TILE = 128
 DEPTH = 64
 """Terms of its sums in 16 bits that it takes at once; half as many in fp32, for the shared memory of smaller GPUs."""
 
-_WINNERS = 5
-"""Where in a row the addresses of winners and sums begin, which are loaded one by one, not 16 bytes at once."""
+_GRAD, _M, _V, _VALUE, _STORE, _WINNER, _SUMS, _DECAY, _SIZE, _PER_ROW, _ROWS, _COLUMNS, _PIECE, _LINE, _FIELDS = (
+    tl.constexpr(i) for i in range(15)
+)
+"""Fields of a job in the table of a pass: ``Row``, then the numbers of its first piece and of its first row."""
 
-_FIELDS = tl.constexpr(14)
+_OPTIONS = {"enable_fp_fusion": True}
+"""Triton warns of a default that it will change."""
+
 _EPD, _PFN, _UPDATE = tl.constexpr(EPD), tl.constexpr(PFN), tl.constexpr(UPDATE)
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -55,8 +59,8 @@ class Kernels(Compiled):
 
     def _pass(self, kind: int, rows: Sequence[Row], numbers: Numbers, like: Tensor) -> Iterator[Sequence[int]]:
         alike: dict[Any, list[int]] = defaultdict(list)
-        for i, row in enumerate(rows):
-            alike[row.dtypes, _is_aligned(row.addresses[:_WINNERS], row.columns)].append(i)
+        for i, row in enumerate(rows):  # of winners and sums, one is loaded at a time
+            alike[row.dtypes, _is_aligned(row.addresses[: _WINNER.value], row.columns)].append(i)
         for ((grad, store), aligned), chosen in alike.items():
             listed, pieces, lines = [], 0, 0
             for row in (rows[i] for i in chosen):
@@ -66,7 +70,7 @@ class Kernels(Compiled):
             terms = like.new_empty(pieces) if kind < UPDATE else None
             if terms is not None and lines and not self._sums_compiled:  # before the pass has run: it may fail
                 with _compiling(like):
-                    _sums[(lines,)](table, len(listed), terms.zero_(), PIECE, BLOCK)
+                    _sums[(lines,)](table, len(listed), terms.zero_(), PIECE, BLOCK, **_OPTIONS)
                 self._sums_compiled = True
             if pieces:
                 with _compiling(like):
@@ -84,10 +88,11 @@ class Kernels(Compiled):
                         aligned,
                         PIECE,
                         BLOCK,
+                        **_OPTIONS,
                     )
             if terms is not None and lines:
                 with _compiling(like):
-                    _sums[(lines,)](table, len(listed), terms, PIECE, BLOCK)
+                    _sums[(lines,)](table, len(listed), terms, PIECE, BLOCK, **_OPTIONS)
             yield chosen
 
     def _superpose(self, listed: Sequence[Products], scales: Tensor) -> None:
@@ -103,7 +108,7 @@ class Kernels(Compiled):
             numbers = (to_device(table, scales, torch.long), len(table), left.shape[1])
             with _compiling(scales):
                 _products[(tiles * len(table),)](
-                    *numbers, _TYPES[dtype], _TYPES[left.dtype], aligned, TILE, depth, num_warps=8
+                    *numbers, _TYPES[dtype], _TYPES[left.dtype], aligned, TILE, depth, **_OPTIONS, num_warps=8
                 )
 
     def gradients(
@@ -123,7 +128,7 @@ class Kernels(Compiled):
             numbers = (to_device(table, scales, torch.long), len(table), scales, len(scales))
             with _compiling(scales):
                 _gradients[(tiles, -(-len(scales) // TILE))](
-                    *numbers, _TYPES[A.dtype], aligned, across, TILE, DEPTH, num_warps=8
+                    *numbers, _TYPES[A.dtype], aligned, across, TILE, DEPTH, **_OPTIONS, num_warps=8
                 )
         return True
 
@@ -171,6 +176,31 @@ def _find(table, count, number, FIELD: tl.constexpr, FIELDS: tl.constexpr):
     return low
 
 
+@triton.jit
+def _pointer(job, FIELD: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """The address in a field of a job."""
+    pointer = tl.load(job + FIELD).to(tl.pointer_type(TYPE))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def _length(job, FIELD: tl.constexpr, ALIGNED: tl.constexpr):
+    """The number in a field of a job."""
+    length = tl.load(job + FIELD)
+    if ALIGNED:
+        length = tl.multiple_of(length, 16)
+    return length
+
+
+@triton.jit
+def _moments(g, m, v, lerp, beta2, square):
+    """The new moments."""
+    m = tl.where(lerp < 0.5, m + lerp * (g - m), g - (g - m) * (1 - lerp))
+    return m, v * beta2 + square * g * g
+
+
 @triton.jit(do_not_specialize=["count"])
 def _pass(
     table,
@@ -192,33 +222,26 @@ def _pass(
 ):
     """One piece of a row; ``element`` of passes.cpp, over blocks."""
     piece = tl.program_id(0)
-    job = table + _find(table, count, piece, 12, _FIELDS) * _FIELDS
-    columns = tl.load(job + 11)
-    if ALIGNED:
-        columns = tl.multiple_of(columns, 16)
+    job = table + _find(table, count, piece, _PIECE, _FIELDS) * _FIELDS
+    columns = _length(job, _COLUMNS, ALIGNED)
     pieces = (columns + PIECE - 1) // PIECE
-    at = piece - tl.load(job + 12)
+    at = piece - tl.load(job + _PIECE)
     row = at // pieces
     begin = (at % pieces) * PIECE
     end = tl.minimum(begin + PIECE, columns)
-    winner = tl.load(job + 5)
+    winner = tl.load(job + _WINNER)
     moves = tl.load(winner.to(tl.pointer_type(tl.int8)) + row, mask=winner != 0, other=1) != 0
     if KIND != _UPDATE and gate is not None:
         moves = moves & tl.load(gate).to(tl.int1)
     if moves:
-        grad = tl.load(job).to(tl.pointer_type(GRAD))
-        first = tl.load(job + 1).to(tl.pointer_type(tl.float32))
-        second = tl.load(job + 2).to(tl.pointer_type(tl.float32))
-        value = tl.load(job + 3).to(tl.pointer_type(tl.float32))
-        if ALIGNED:
-            grad = tl.multiple_of(grad, 16)
-            first = tl.multiple_of(first, 16)
-            second = tl.multiple_of(second, 16)
-            value = tl.multiple_of(value, 16)
+        grad = _pointer(job, _GRAD, GRAD, ALIGNED)
+        first = _pointer(job, _M, tl.float32, ALIGNED)
+        second = _pointer(job, _V, tl.float32, ALIGNED)
+        value = _pointer(job, _VALUE, tl.float32, ALIGNED)
         if KIND >= _UPDATE:
-            per_row = row * tl.load(job + 9)
-            decay = tl.load(tl.load(job + 7).to(tl.pointer_type(tl.float32)) + per_row)
-            size = tl.load(tl.load(job + 8).to(tl.pointer_type(tl.float32)) + per_row)
+            per_row = row * tl.load(job + _PER_ROW)
+            decay = tl.load(_pointer(job, _DECAY, tl.float32, False) + per_row)
+            size = tl.load(_pointer(job, _SIZE, tl.float32, False) + per_row)
             inverse = tl.load(inverse_root)
         total = tl.zeros([BLOCK], dtype=tl.float32)
         for start in range(begin, end, BLOCK):
@@ -231,8 +254,7 @@ def _pass(
                 g = tl.load(grad + place, mask=mask, other=0.0).to(tl.float32)
                 if clip is not None:
                     g = g * tl.load(clip)
-                m = tl.where(lerp < 0.5, m + lerp * (g - m), g - (g - m) * (1 - lerp))
-                v = v * beta2 + square * g * g
+                m, v = _moments(g, m, v, lerp, beta2, square)
                 tl.store(first + place, m, mask=mask)
                 tl.store(second + place, v, mask=mask)
             root = tl.sqrt_rn(v)
@@ -246,10 +268,7 @@ def _pass(
                 moved += tl.div_rn(m * size, root * inverse + eps)
                 tl.store(value + place, moved, mask=mask)
                 if STORE is not None:
-                    store = tl.load(job + 4).to(tl.pointer_type(STORE))
-                    if ALIGNED:
-                        store = tl.multiple_of(store, 16)
-                    tl.store(store + place, moved.to(STORE), mask=mask)
+                    tl.store(_pointer(job, _STORE, STORE, ALIGNED) + place, moved.to(STORE), mask=mask)
         if KIND < _UPDATE:
             tl.store(terms + piece, tl.sum(total, 0))
 
@@ -258,15 +277,15 @@ def _pass(
 def _sums(table, count, terms, PIECE: tl.constexpr, BLOCK: tl.constexpr):
     """Adds up the terms of a row's pieces, in an order of their own."""
     line = tl.program_id(0)
-    job = table + _find(table, count, line, 13, _FIELDS) * _FIELDS
-    pieces = (tl.load(job + 11) + PIECE - 1) // PIECE
-    row = line - tl.load(job + 13)
-    begin = tl.load(job + 12) + row * pieces
+    job = table + _find(table, count, line, _LINE, _FIELDS) * _FIELDS
+    pieces = (tl.load(job + _COLUMNS) + PIECE - 1) // PIECE
+    row = line - tl.load(job + _LINE)
+    begin = tl.load(job + _PIECE) + row * pieces
     total = tl.zeros([BLOCK], dtype=tl.float64)
     for start in range(0, pieces, BLOCK):
         inside = start + tl.arange(0, BLOCK)
         total += tl.load(terms + begin + inside, mask=inside < pieces, other=0.0).to(tl.float64)
-    tl.store(tl.load(job + 6).to(tl.pointer_type(tl.float32)) + row, tl.sum(total, 0).to(tl.float32))
+    tl.store(_pointer(job, _SUMS, tl.float32, False) + row, tl.sum(total, 0).to(tl.float32))
 
 
 @triton.jit(do_not_specialize=["count", "rank"])
@@ -283,19 +302,12 @@ def _products(
     """One tile of P = W + leftᵀ right."""
     tile = tl.program_id(0)
     job = table + _find(table, count, tile, 6, 7) * 7
-    target = tl.load(job).to(tl.pointer_type(TARGET))
-    base = tl.load(job + 1).to(tl.pointer_type(tl.float32))
-    left = tl.load(job + 2).to(tl.pointer_type(FACTOR))
-    right = tl.load(job + 3).to(tl.pointer_type(FACTOR))
-    rows = tl.load(job + 4)
-    columns = tl.load(job + 5)
-    if ALIGNED:
-        target = tl.multiple_of(target, 16)
-        base = tl.multiple_of(base, 16)
-        left = tl.multiple_of(left, 16)
-        right = tl.multiple_of(right, 16)
-        rows = tl.multiple_of(rows, 16)
-        columns = tl.multiple_of(columns, 16)
+    target = _pointer(job, 0, TARGET, ALIGNED)
+    base = _pointer(job, 1, tl.float32, ALIGNED)
+    left = _pointer(job, 2, FACTOR, ALIGNED)
+    right = _pointer(job, 3, FACTOR, ALIGNED)
+    rows = _length(job, 4, ALIGNED)
+    columns = _length(job, 5, ALIGNED)
     across = (columns + TILE - 1) // TILE
     at = tile - tl.load(job + 6)
     row = at // across * TILE + tl.arange(0, TILE)
@@ -327,17 +339,11 @@ def _gradients(
     """One tile of s ⊙ left G (rank, columns), with left (rank, depth) and G (depth, columns), or its transpose."""
     tile = tl.program_id(0)
     job = table + _find(table, count, tile, 5, 6) * 6
-    grad = tl.load(job).to(tl.pointer_type(GRAD))
-    left = tl.load(job + 1).to(tl.pointer_type(GRAD))
-    out = tl.load(job + 2).to(tl.pointer_type(tl.float32))
-    columns = tl.load(job + 3)
-    depth = tl.load(job + 4)
-    if ALIGNED:
-        grad = tl.multiple_of(grad, 16)
-        left = tl.multiple_of(left, 16)
-        out = tl.multiple_of(out, 16)
-        columns = tl.multiple_of(columns, 16)
-        depth = tl.multiple_of(depth, 16)
+    grad = _pointer(job, 0, GRAD, ALIGNED)
+    left = _pointer(job, 1, GRAD, ALIGNED)
+    out = _pointer(job, 2, tl.float32, ALIGNED)
+    columns = _length(job, 3, ALIGNED)
+    depth = _length(job, 4, ALIGNED)
     ranks = tl.program_id(1) * TILE + tl.arange(0, TILE)
     column = (tile - tl.load(job + 5)) * TILE + tl.arange(0, TILE)
     total = tl.zeros([TILE, TILE], dtype=tl.float32)
