@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import causal_lm, lm_step
 from molf import MoLFConfig, create_molf_optimizer, molf_lora_config
-from molf.optim import stacks, virtual
+from molf.optim import parts, stacks, virtual
 
 MOLF = MoLFConfig(expert_ranks=(2, 3), lora_alpha=(3.0, 5.0), lr=1e-3, lora_lr=1e-3, compile=False)
 EFFICIENT = MoLFConfig(expert_ranks=(2, 3), train_base=False, lora_lr=3e-3, compile=False)
@@ -277,7 +277,7 @@ def test_parts_of_a_tensor_in_another_order_are_copied():
     whole = torch.tensor([[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]])
     for order in ([0, 1, 2], [1, 0, 2], [0, 1]):
         states = [{"x": whole.unbind()[i]} for i in order]
-        joined = stacks._shared(states, "x", by_row=True, turned=False)
+        joined = parts.shared(states, "x", by_row=True, turned=False)
         assert joined.view(-1, 2).tolist() == whole[order].tolist()
         assert (joined.data_ptr() == whole.data_ptr()) == (order == [0, 1, 2])
         assert all(state["x"].tolist() == whole[i].tolist() for state, i in zip(states, order, strict=True))

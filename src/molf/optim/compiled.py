@@ -7,6 +7,7 @@ gradient, a store and a weight P may be in 16 bits. Anything else is left to ``p
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -54,13 +55,13 @@ class Numbers(NamedTuple):
     inverse_root: Tensor | None
 
 
-class Compiled:
+class Compiled(ABC):
     """Runs jobs of a pass. Make one per optimizer. After a ``CompileError`` a job has run if its result was given."""
 
     LOW: tuple[torch.dtype, ...] = (torch.bfloat16,)
     """Formats of 16 bits."""
 
-    def prepare(self) -> None:
+    def prepare(self) -> None:  # noqa: B027
         """Compile what can be compiled before there are jobs.
 
         Raises:
@@ -122,16 +123,17 @@ class Compiled:
         """
         return False
 
+    @abstractmethod
     def _pass(self, kind: int, rows: Sequence[Row], numbers: Numbers, like: Tensor) -> Iterator[Sequence[int]]:
         """Run jobs on the device of ``like``; yields which have run."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _superpose(self, listed: Sequence[Products], scales: Tensor) -> None:
-        raise NotImplementedError
+        """Write P of layers that are taken."""
 
+    @abstractmethod
     def _is_on(self, tensor: Tensor) -> bool:
         """Whether the tensor is where this code runs."""
-        raise NotImplementedError
 
     def _is_plain(self, tensor: Tensor, low: bool = False) -> bool:
         """Whether it is ordinary, contiguous and in fp32, or if ``low`` in 16 bits."""

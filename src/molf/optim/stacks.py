@@ -19,8 +19,9 @@ from torch import Tensor
 
 from .config import MoLFConfig
 from .layout import RoutedModule, Slot
+from .parts import Part, shared
 from .quantized import is_quantized
-from .sharding import is_distributed, local
+from .sharding import is_distributed
 from .virtual import shares_storage
 
 STACK_FROM = 2**15
@@ -43,58 +44,6 @@ class Unrouted(NamedTuple):
     group: dict[str, Any]
     parameter: Tensor
     name: str
-
-
-@dataclass(eq=False)
-class Part:
-    """One tensor of each of K modules with its moments, in the form in which the passes take it.
-
-    K > 1 tensors (r, c) are (K r, c) if ``by_row``, else (K, r c); a single one keeps its shape.
-
-    Attributes:
-        slots: Where the tensors are, or of virtual A and B the layers' weights; none of what is not routed.
-        members: Which modules of the stack these are.
-        parameters: The tensors of the model, K of them; of virtual A and B, which are in no model, the layers' weights.
-        states: Their states.
-        by_row: Whether rows are ranks: A (R, in) and Bᵀ (R, out).
-        turned: Whether rows are the tensor's columns, as of B.
-        exp_avg: m of all; without meaning where nothing is trained.
-        exp_avg_sq: v of all.
-        value: The precise value of all, where the state has it and in one tensor.
-    """
-
-    slots: list[Slot]
-    members: range
-    parameters: list[Tensor]
-    states: list[dict[str, Tensor]]
-    by_row: bool
-    turned: bool
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    value: Tensor | None = None
-
-    def joined(self, tensors: Sequence[Tensor]) -> Tensor:
-        """One tensor per module as one of all; the only one as it is."""
-        if self.turned:
-            tensors = [tensor.T for tensor in tensors]
-        return tensors[0] if len(tensors) == 1 else _joined(torch.stack(list(tensors)), self.by_row)
-
-    def spread(self, joined: Tensor, targets: Sequence[Tensor], which: Sequence[int] | None = None) -> None:
-        """Copy the parts of one tensor to a tensor per module, or to those of ``which``."""
-        if self.turned:
-            targets = [target.T for target in targets]
-        parts = joined.view(len(targets), *targets[0].shape).unbind()
-        chosen = range(len(targets)) if which is None else which
-        torch._foreach_copy_([targets[i] for i in chosen], [parts[i] for i in chosen])
-
-    def gradient(self) -> Tensor:
-        """G of all parameters, of what this process holds."""
-        return self.joined([gradient(parameter) for parameter in self.parameters])
-
-    def precise(self, values: Mapping[int, Tensor]) -> list[Tensor]:
-        """The precise value of each parameter: one of ``values`` by its id, its master, or itself."""
-        pairs = zip(self.parameters, self.states, strict=True)
-        return [local(values.get(id(parameter), state.get("base", parameter))) for parameter, state in pairs]
 
 
 @dataclass(eq=False)
@@ -350,14 +299,14 @@ class Stacks:
     ) -> Part:
         """A part of these; their moments, and their precise values where these are in the state, become its parts."""
         states = [self._state[each] for each in parameters]
-        tensors = [_shared(states, name, by_row, turned) for name in names] or [torch.empty(0)] * 2
+        tensors = [shared(states, name, by_row, turned) for name in names] or [torch.empty(0)] * 2
         members = range(first, first + len(parameters))
         own = (
             "base" in state and not shares_storage(state["base"], each)
             for each, state in zip(parameters, states, strict=True)
         )
         if len(tensors) == 2 and len(parameters) > 1 and all(own):
-            tensors.append(_shared(states, "base", by_row, turned))
+            tensors.append(shared(states, "base", by_row, turned))
         return Part(list(slots), members, parameters, states, by_row, turned, *tensors)
 
 
@@ -365,39 +314,5 @@ def _same(found: Sequence[Any], held: Sequence[Any]) -> bool:
     return len(found) == len(held) and all(map(operator.is_, found, held))
 
 
-def gradient(parameter: Tensor) -> Tensor:
-    """A parameter's gradient, of a sharded one the part that this process holds."""
-    if parameter.grad is None:
-        raise RuntimeError("a gradient disappeared during the step")
-    return local(parameter.grad)
-
-
 def _is_special(tensor: Tensor) -> bool:
     return is_distributed(tensor) or is_quantized(tensor)
-
-
-def _joined(stack: Tensor, by_row: bool) -> Tensor:
-    return stack.flatten(0, 1) if by_row else stack.view(len(stack), -1)  # numbers without a dimension, too
-
-
-def _shared(states: Sequence[dict[str, Tensor]], name: str, by_row: bool, turned: bool) -> Tensor:
-    """The entries of this name as one tensor; if there are several, they become its parts, or are so already."""
-    tensors = [local(each[name]) for each in states]
-    if turned:
-        tensors = [tensor.T for tensor in tensors]
-    if len(tensors) == 1:
-        return tensors[0]
-    whole = tensors[0]._base
-    if whole is None or not _are_parts(tensors, whole):
-        whole = torch.stack(tensors)
-        for each, own in zip(states, whole.unbind(), strict=True):
-            each[name] = own.T if turned else own
-    return _joined(whole, by_row)
-
-
-def _are_parts(tensors: Sequence[Tensor], whole: Tensor) -> bool:
-    """Whether they are all that a tensor holds, in its order."""
-    return whole.shape == (len(tensors), *tensors[0].shape) and all(
-        each._base is whole and each.data_ptr() == own.data_ptr() and each.is_contiguous()
-        for each, own in zip(tensors, whole.unbind(), strict=True)
-    )

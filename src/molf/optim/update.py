@@ -16,10 +16,11 @@ from .adamw import Coefficients, Tracking, step_numbers
 from .config import MoLFConfig
 from .guards import GradientCheck
 from .layout import RoutedModule
+from .parts import Part
 from .passes import adamw_all, unrouted_all
 from .scalars import numbers
 from .sharding import first_row, local
-from .stacks import OtherStack, Part, Stack
+from .stacks import OtherStack, Stack
 from .state import MoLFState
 from .virtual import Products, products
 
