@@ -173,7 +173,7 @@ def test_jobs_that_are_alike_share_a_launch(compiler, monkeypatch) -> None:
 
 
 SHARED_MEMORY = """
-import torch, triton, triton.language as tl
+import sys, torch, triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from molf.optim import kernels
@@ -184,20 +184,36 @@ def shared(kernel, constants):
     source = ASTSource(kernel, signature, constants)
     return triton.compile(source, target=GPUTarget("cuda", 86, 32), options={"num_warps": 8}).metadata.shared
 
+wide, low, grads = map(int, sys.argv[1:])
 tile = {"ALIGNED": True, "TILE": kernels.TILE}
 for name, kernel, more in (
-    ("fp32", kernels._products, {"TARGET": tl.float32, "FACTOR": tl.float32, "DEPTH": kernels.DEPTH // 2}),
-    ("bf16", kernels._products, {"TARGET": tl.bfloat16, "FACTOR": tl.bfloat16, "DEPTH": kernels.DEPTH}),
-    ("gradients", kernels._gradients, {"GRAD": tl.bfloat16, "TURNED": True, "DEPTH": kernels.DEPTH}),
+    ("fp32", kernels._products, {"TARGET": tl.float32, "FACTOR": tl.float32, "DEPTH": wide}),
+    ("bf16", kernels._products, {"TARGET": tl.bfloat16, "FACTOR": tl.bfloat16, "DEPTH": low}),
+    ("gradients", kernels._gradients, {"GRAD": tl.bfloat16, "TURNED": True, "DEPTH": grads}),
 ):
     print(name, shared(kernel, {**tile, **more}))
 """
 
 
-def test_the_shared_memory_of_smaller_gpus_is_enough() -> None:
-    """99 KiB, as of compute capability 8.6; compiled for it, which needs no device."""
+def test_the_shared_memory_of_smaller_gpus_is_enough(compiler, monkeypatch) -> None:
+    """99 KiB, as of compute capability 8.6; what is launched is compiled for it, which needs no device."""
+    depths: list[str] = []
+
+    class Launch:
+        def __getitem__(self, grid: object) -> object:
+            return lambda *arguments, **options: depths.append(str(arguments[-1]))
+
+    monkeypatch.setattr(kernels, "_products", Launch())
+    monkeypatch.setattr(kernels, "_gradients", Launch())
+    pair = torch.zeros(1, 4, 16), torch.zeros(1, 4, 16)
+    for dtype in (torch.float32, torch.bfloat16):
+        layers = Products([torch.zeros(16, 16, dtype=dtype)], [torch.zeros(16, 16)], *pair)
+        assert compiler.superpose([layers], torch.ones(4)) == [0]
+    low = [each.bfloat16() for each in pair]
+    assert compiler.gradients([torch.zeros(16, 16).bfloat16()], *low, torch.ones(4), pair, False)
+    assert len(depths) == 4
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", SHARED_MEMORY]
+    command = [sys.executable, "-c", SHARED_MEMORY, *depths[:3]]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     sizes = {name: int(size) for name, size in (line.split() for line in done.stdout.splitlines()[-3:])}

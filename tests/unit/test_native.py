@@ -235,6 +235,12 @@ def test_products_of_nothing_are_left_to_torch(rows: int, columns: int) -> None:
     assert native.Native().superpose([empty], torch.ones(5)) == []
 
 
+def test_products_with_scales_of_another_dtype_are_left_to_torch() -> None:
+    layers = Products([torch.zeros(4, 6)], [torch.zeros(4, 6)], torch.ones(1, 5, 4), torch.ones(1, 5, 6))
+    assert native.Native().superpose([layers], torch.ones(5).double()) == []
+    assert native.Native().superpose([layers], torch.ones(5)) == [0]
+
+
 def test_a_state_is_not_half_loaded_where_compiling_fails(monkeypatch) -> None:
     def optimizer_of(model: torch.nn.Module) -> MoLFAdamW:
         return create_molf_optimizer(model, MoLFConfig(expert_ranks=(2,), compile=True, policy="fixed-lora"))
