@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from molf import MoLFAdamW, MoLFConfig, create_molf_optimizer
+from molf import MoLFAdamW, MoLFConfig, NonFiniteGradientError, create_molf_optimizer
 from molf.optim import native, passes
 from molf.optim.adamw import Coefficients, Tracking, adamw_, track_, unrouted_
 from molf.optim.virtual import Products
@@ -103,6 +103,42 @@ def test_sums_do_not_depend_on_the_number_of_threads() -> None:
     torch.set_num_threads(threads)
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_squares_of_every_part(dtype: torch.dtype) -> None:
+    """The same number alone as among others, whatever the shape; what is not plain leaves all of them to torch."""
+    g = torch.Generator().manual_seed(0)
+    shapes = [(), (1,), (0,), (3, 4097), (6, 100), (130, 64)]
+    listed, counts = [torch.randn(shape, generator=g).to(dtype) for shape in shapes], [1, 1, 1, 1, 3, 2]
+    found = native.Native().squares(listed, counts)
+    parts = [part for each, count in zip(listed, counts, strict=True) for part in each.reshape(count, -1)]
+    torch.testing.assert_close(
+        found, torch.stack([p.double().square().sum() for p in parts]).float(), rtol=1e-6, atol=0
+    )
+    alone = [native.Native().squares([part.contiguous()], [1]) for part in parts]
+    assert torch.equal(torch.cat(alone), found)
+    assert native.Native().squares([*listed, torch.ones(3, 3).T], [*counts, 1]) is None
+    assert native.Native().squares([*listed, torch.ones(3, dtype=torch.float64)], [*counts, 1]) is None
+
+
+@pytest.mark.parametrize("limit", [None, 0.01])
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["0.weight", "0.bias", "2.weight", "1.weight", "1.bias"])
+def test_a_gradient_that_is_not_finite_changes_nothing(name: str, broken: float, limit: float | None) -> None:
+    """Compiled; of a large layer, small ones, biases, and what is not routed."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(200, 200), torch.nn.LayerNorm(200), torch.nn.Linear(200, 3))
+    optimizer = create_molf_optimizer(model, MoLFConfig(expert_ranks=(2,), compile=True, max_grad_norm=limit))
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    before = copy.deepcopy([model.state_dict(), optimizer.state_dict()["state"]])
+    dict(model.named_parameters())[name].grad.view(-1)[-1] = broken
+    with pytest.raises(NonFiniteGradientError, match=rf"of {name.removesuffix('.weight')}.*nothing was updated"):
+        optimizer.step()
+    after = [model.state_dict(), optimizer.state_dict()["state"]]
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
 
 
 def test_autograd_sees_what_was_written() -> None:

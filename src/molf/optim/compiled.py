@@ -6,9 +6,9 @@ gradient, a store and a weight P may be in 16 bits. Anything else is left to ``p
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -18,11 +18,16 @@ from .adamw import Coefficients, Tracking
 from .passes import Job, Pass, adamw_all, track_all, unrouted_all
 from .virtual import Products
 
-EPD, PFN, UPDATE, UNROUTED = range(4)
-"""What a pass does: moments and score, by either score; the winners' update; both passes of what is not routed."""
+SQUARES, EPD, PFN, UPDATE, UNROUTED = range(5)
+"""What a pass does: look at gradients; moments and score, by either score; the winners' update; both passes of what is
+not routed."""
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 """Of a subclass the data may be elsewhere."""
+
+_FULL = (torch.float32,)
+
+_WHOLE = torch.Size()
 
 
 class Row(NamedTuple):
@@ -71,31 +76,38 @@ class Compiled(ABC):
     def run(self, function: Pass, jobs: Sequence[Job], shared: Any, by_row: bool = False) -> Iterator[tuple[int, Any]]:
         """Results by the jobs' numbers, as ``Passes.run``, of those that are taken."""
         kind, tracking, c = _numbers(function, shared)
-        taken = [(i, t) for i, t in enumerate(_named(function, job) for job in jobs) if self._is_taken(t)]
+        columns = _columns(function, jobs)
+        taken = self._taken(columns)
         if not taken:
             return
+        if len(taken) < len(jobs):
+            columns = [[column[i] for i in taken] for column in columns]
         rates = (0, 0, 0) if c is None else (c.decay.data_ptr(), c.step_size.data_ptr(), int(c.decay.dim() > 0))
-        shapes = [(t[1].shape[:-1], t[1].shape[-1]) if by_row and t[1].dim() else ((), t[1].numel()) for _, t in taken]
-        sums: Sequence[Tensor | None] = [None] * len(taken)
+        grads, moments, _, _, stores, _ = columns
+        shapes = [t.shape[:-1] if by_row and t.dim() else _WHOLE for t in moments]
+        heights = [shape.numel() for shape in shapes]
+        widths = [t.shape[-1] if by_row and t.dim() else t.numel() for t in moments]
+        sums: Sequence[Any] = [None] * len(taken)
         if function is track_all:
-            lengths = [math.prod(shape) for shape, _ in shapes]
-            sums = taken[0][1][1].new_empty(sum(lengths)).split(lengths)
-        rows, written = [], []
-        for (_, tensors), (shape, columns), own in zip(taken, shapes, sums, strict=True):
-            grad, m, v, value, store, _ = tensors
-            addresses = tuple([0 if t is None else t.data_ptr() for t in (*tensors, own)])
-            dtypes = (None if grad is None else grad.dtype, None if store is None else store.dtype)
-            rows.append(Row(addresses, rates, math.prod(shape), columns, dtypes))
-            written.append([t for t in ((value, store) if grad is None else (value, store, m, v)) if t is not None])
+            found = moments[0].new_empty(sum(heights))
+            pieces = found.unbind() if not any(shapes) else found.split(heights)
+            sums = [t if t.shape == shape else t.view(shape) for t, shape in zip(pieces, shapes, strict=True)]
+        places = zip(*([0 if t is None else t.data_ptr() for t in column] for column in (*columns, sums)), strict=True)
+        dtypes = ([None if t is None else t.dtype for t in column] for column in (grads, stores))
+        rows = list(map(Row, places, repeat(rates), heights, widths, zip(*dtypes, strict=True)))
         beta1, beta2 = (0.0, 0.0) if tracking is None else tracking.betas
         clip, gate = (None, None) if tracking is None else (tracking.clip, tracking.gate)
         eps, inverse = (shared.eps, None) if c is None else (c.eps, c.inverse_root)
         numbers = Numbers(1 - beta1, beta2, 1 - beta2, eps, clip, gate, inverse)
-        for done in self._pass(kind, rows, numbers, taken[0][1][1]):
-            torch.autograd.graph.increment_version([tensor for at in done for tensor in written[at]])
-            for at in done:
-                found = sums[at]
-                yield taken[at][0], None if found is None else found.view(shapes[at][0])
+        for done in self._pass(kind, rows, numbers, moments[0]):
+            # of moments nobody asks for the version
+            changed = [t for column in columns[3:5] for t in map(column.__getitem__, done) if t is not None]
+            torch.autograd.graph.increment_version(changed)
+            yield from ((taken[at], sums[at]) for at in done)
+
+    def squares(self, tensors: Sequence[Tensor], counts: Sequence[int]) -> Tensor | None:
+        """Σ x² over each of so many equal parts of every tensor, part after part; None if that is left to torch."""
+        return None
 
     def superpose(self, listed: Sequence[Products], scales: Tensor) -> list[int]:
         """Write P of layers whose scales are s_i over the ranks, (R,); returns which it has taken."""
@@ -137,18 +149,20 @@ class Compiled(ABC):
 
     def _is_plain(self, tensor: Tensor, low: bool = False) -> bool:
         """Whether it is ordinary, contiguous and in fp32, or if ``low`` in 16 bits."""
-        fits = tensor.dtype == torch.float32 or (low and tensor.dtype in self.LOW)
-        return fits and type(tensor) in _PLAIN and self._is_on(tensor) and tensor.is_contiguous()
+        return self._is_one_of((torch.float32, *self.LOW) if low else _FULL, tensor)
 
-    def _is_taken(self, tensors: Sequence[Tensor | None]) -> bool:
-        grad, m, v, value, store, winner = tensors
-        if store is not None and store.dtype == torch.float32:
-            return False
-        return (
-            all(t is None or self._is_plain(t, low=True) for t in (grad, store))
-            and all(t is None or self._is_plain(t) for t in (m, v, value))
-            and (winner is None or (winner.dtype == torch.bool and self._is_on(winner) and winner.is_contiguous()))
+    def _is_one_of(self, dtypes: Sequence[torch.dtype], tensor: Tensor) -> bool:
+        fits = tensor.dtype in dtypes and type(tensor) in _PLAIN
+        return fits and self._is_on(tensor) and tensor.is_contiguous()
+
+    def _taken(self, columns: Sequence[Sequence[Tensor | None]]) -> list[int]:
+        """The jobs, by number, of whose tensors all fit."""
+        dtypes = ((*_FULL, *self.LOW), _FULL, _FULL, _FULL, self.LOW, (torch.bool,))
+        fits = (
+            [t is None or self._is_one_of(those, t) for t in column]
+            for column, those in zip(columns, dtypes, strict=True)
         )
+        return [i for i, of_job in enumerate(zip(*fits, strict=True)) if all(of_job)]
 
     def _are_products(self, each: Products) -> bool:
         alike = len({target.dtype for target in each.targets}) == 1
@@ -175,12 +189,13 @@ def addresses(
     return zip(*columns, strict=True)
 
 
-def _named(function: Pass, job: Job) -> tuple[Any, ...]:
-    """Gradient, m, v, value, store and winner of a job, None where it has none."""
+def _columns(function: Pass, jobs: Sequence[Job]) -> list[Sequence[Any]]:
+    """The gradients of all jobs, their m, v, values, stores and winners, None where a job has none."""
+    nothing = [None] * len(jobs)
     if function is track_all:
-        return (*job, None, None, None)
-    value, m, v, store, last = job
-    return (last, m, v, value, store, None) if function is unrouted_all else (None, m, v, value, store, last)
+        return [*(zip(*jobs, strict=True) if jobs else [()] * 3), nothing, nothing, nothing]
+    values, m, v, stores, last = zip(*jobs, strict=True) if jobs else [()] * 5
+    return [last, m, v, values, stores, nothing] if function is unrouted_all else [nothing, m, v, values, stores, last]
 
 
 def _numbers(function: Pass, shared: Any) -> tuple[int, Tracking | None, Coefficients | None]:

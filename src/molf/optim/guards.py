@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .adamw import moment_dtype
+from .passes import Passes
 from .scalars import join, stack
 from .sharding import local
 
@@ -130,7 +131,9 @@ class GradientCheck:
         )
 
 
-def look_at(grads: Sequence[tuple[Sequence[str], Tensor]], limit: float | None) -> tuple[list[str], Tensor]:
+def look_at(
+    grads: Sequence[tuple[Sequence[str], Tensor]], limit: float | None, passes: Passes
+) -> tuple[list[str], Tensor]:
     """A number of each gradient that is finite if and only if the gradient is: its squared norm if there is a limit.
 
     Either is a sum over elements: those of the parts of a tensor add up to the tensor's.
@@ -138,10 +141,14 @@ def look_at(grads: Sequence[tuple[Sequence[str], Tensor]], limit: float | None) 
     Args:
         grads: Names and gradients; several names go with one tensor that holds their gradients one after the other.
         limit: The largest norm that is left alone, or None.
+        passes: Finds the squared norms of all at once, where they are compiled.
 
     Returns:
         The names and their numbers.
     """
+    squares = passes.squares([grad for _, grad in grads], [len(names) for names, _ in grads])
+    if squares is not None:
+        return [name for names, _ in grads for name in names], squares if limit is None else squares.double()
     single = [grad for names, grad in grads if len(names) == 1]
     several = [(names, grad.view(len(names), -1)) for names, grad in grads if len(names) > 1]
     listed = [names[0] for names, _ in grads if len(names) == 1] + [name for names, _ in several for name in names]
@@ -175,7 +182,7 @@ def check_gradients(names: Sequence[str], values: Tensor, limit: float | None) -
     if not on_host(values):
         return GradientCheck(names, values, clip, values.isfinite().all())
     check = GradientCheck(names, values, None if clip is None or clip == 1.0 else clip, None)
-    check.raise_if_broken(bool(values.isfinite().all()))
+    check.raise_if_broken(math.isfinite(values.sum(dtype=torch.float64).item()))
     return check
 
 

@@ -113,7 +113,8 @@ class MoLFAdamW(MoLFStep):
             self._check_processes()
         self._check_written()
         present = [[p.grad is not None for p in group["params"]] for group in self.param_groups]
-        active = [module for module in self.modules if _has_gradients(module, present)]
+        whole = all(map(all, present))
+        active = [module for module in self.modules if whole or _has_gradients(module, present)]
         self._check_resumed({module.name for module in active})
         self.decisions = []
         self._step(active, [each for each in self._others() if each.parameter.grad is not None])

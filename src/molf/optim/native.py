@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .compiled import Compiled, Numbers, Row, addresses
+from .compiled import SQUARES, Compiled, Numbers, Row, addresses
 from .passes import CompileError
 from .virtual import Products
 
@@ -35,6 +35,19 @@ class Native(Compiled):
     def prepare(self) -> None:
         """Compile everything."""
         _library()
+
+    def squares(self, tensors: Sequence[Tensor], counts: Sequence[int]) -> Tensor | None:
+        """As ``Compiled.squares``, of tensors that are plain."""
+        if not all(self._is_plain(tensor, low=True) for tensor in tensors):
+            return None
+        sums, rows, place = torch.empty(sum(counts)), [], 0
+        for tensor, count in zip(tensors, counts, strict=True):
+            places = (tensor.data_ptr(), 0, 0, 0, 0, 0, sums.data_ptr() + place * sums.element_size())
+            rows.append(Row(places, (0, 0, 0), count, tensor.numel() // count, (tensor.dtype, None)))
+            place += count
+        for _ in self._pass(SQUARES, rows, Numbers(0.0, 0.0, 0.0, 0.0, None, None, None), sums):
+            pass
+        return sums
 
     def _pass(self, kind: int, rows: Sequence[Row], numbers: Numbers, like: Tensor) -> Iterator[Sequence[int]]:
         if numbers.gate is not None:

@@ -20,12 +20,12 @@ constexpr int64_t AHEAD = 256;   // elements from the one in work to the one tha
 
 struct Job {
   const void* grad;       // fp32 or bf16; null if the moments stay
-  float* m;               // the first moment
+  float* m;               // the first moment; null if the gradient alone is looked at
   float* v;               // the second
   float* value;           // null if it stays
   uint16_t* store;        // bf16, takes the value rounded; or null
   const uint8_t* winner;  // per row whether the value moves; null: all do
-  float* sums;            // what the score sums over each row; or null
+  float* sums;            // what the score sums over each row, or the gradient's squares; or null
   const float* decay;     // 1 - ηλ, one or one per row
   const float* size;      // -η / (1-β1ⁿ), likewise
   int64_t per_row;        // whether these are one per row
@@ -42,7 +42,7 @@ struct Numbers {
   float inverse_root;  // 1 / √(1-β2ⁿ)
 };
 
-enum Kind { EPD, PFN, UPDATE, UNROUTED };
+enum Kind { SQUARES, EPD, PFN, UPDATE, UNROUTED };
 
 inline float load(const float* grad, int64_t i) { return grad[i]; }
 
@@ -60,9 +60,13 @@ inline uint16_t rounded(float value) {  // to bf16, ties to even
   return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-// One element; returns its term of the score.
+// One element; returns its term of what is summed.
 template <Kind kind, class Grad>
 inline float element(const Grad* grad, float* m, float* v, float* value, int64_t i, float decay, float size, Numbers c) {
+  if (kind == SQUARES) {
+    const float g = load(grad, i);
+    return g * g;
+  }
   float first = m[i], second = v[i];
   if (kind != UPDATE) {
     const float g = load(grad, i) * c.clip;
@@ -93,8 +97,8 @@ double piece(const Job& job, int64_t start, int64_t count, float decay, float si
   for (; k + BLOCK <= count; k += BLOCK) {
     for (int64_t line = k + AHEAD; line < k + AHEAD + BLOCK; line += LINE) {
       if (kind != UPDATE) __builtin_prefetch(grad + line);
-      __builtin_prefetch(m + line);
-      __builtin_prefetch(v + line);
+      if (kind != SQUARES) __builtin_prefetch(m + line);
+      if (kind != SQUARES) __builtin_prefetch(v + line);
       if (kind >= UPDATE) __builtin_prefetch(value + line);
     }
     float sum = 0;
@@ -195,6 +199,7 @@ extern "C" void molf_pass(int64_t kind, const Job* jobs, int64_t count, int64_t 
                           float square, float eps, const float* clip, const float* inverse_root) {
   const Numbers c{lerp, beta2, square, eps, clip ? *clip : 1, inverse_root ? *inverse_root : 1};
   switch (static_cast<Kind>(kind)) {
+    case SQUARES: return run<SQUARES>(jobs, count, c, threads);
     case EPD: return run<EPD>(jobs, count, c, threads);
     case PFN: return run<PFN>(jobs, count, c, threads);
     case UPDATE: return run<UPDATE>(jobs, count, c, threads);

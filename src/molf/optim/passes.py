@@ -112,6 +112,10 @@ class Passes:
         if self.compiles:
             self._attempt(lambda compiler: compiler.prepare())
 
+    def squares(self, tensors: Sequence[Tensor], counts: Sequence[int]) -> Tensor | None:
+        """``Compiled.squares``; None where nothing is compiled."""
+        return self._attempt(lambda compiler: compiler.squares(tensors, counts)) if self.compiles else None
+
     def superpose(self, listed: Sequence[Any], scales: Tensor) -> list[int]:
         """P = W + Σ s_i B_i A_i of layers, compiled; returns which were: the others are left to torch.
 

@@ -278,7 +278,7 @@ class MoLFState(Optimizer):
                 yield module.name, local(weight), expected
 
     def _rewritten(self) -> Iterator[Tensor]:
-        return (p for group in self.param_groups for p in group["params"] if "base" in self.state[p])
+        return (parameter for parameter, state in self.state.items() if "base" in state)
 
     def _check_written(self) -> None:
         self._written.check(self._rewritten(), self._derived)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import virtual
+from . import scalars, virtual
 from .adamw import Tracking
 from .config import MoLFConfig
 from .guards import GradientCheck, check_dtype, check_gradients, look_at, refuse_sparse
@@ -229,12 +229,13 @@ class MoLFStep(MoLFUpdate):
             found += [(names, grad) for j, grad in enumerate(own.pair) if j != factor]
             partial += [] if factor is None or not own.pair else [(names[0], i, factor)]
         found += [(other.names, grad) for other, grad in zip(others, other_grads, strict=True)]
-        seen, numbers = look_at(found, limit)
+        seen, numbers = look_at(found, limit, self._passes)
         if self.shards is not None:
             *sums, numbers = self.shards.add_up([*(grads[i].pair[factor] for _, i, factor in partial), numbers])
             for (_, i, factor), total in zip(partial, sums, strict=True):
                 grads[i].pair[factor] = total
-            more, added = look_at([([name], total) for (name, _, _), total in zip(partial, sums, strict=True)], limit)
+            completed = [([name], total) for (name, _, _), total in zip(partial, sums, strict=True)]
+            more, added = look_at(completed, limit, self._passes)
             seen, numbers = [*seen, *more], torch.cat([numbers, added.to(numbers)])
         return check_gradients(seen, numbers, limit)
 
@@ -251,12 +252,15 @@ class MoLFStep(MoLFUpdate):
 def _totals(stacks: Sequence[Stack], found: Sequence[Tensor]) -> Tensor:
     """Sums of weight and bias together, (M,), from those of all parts; of one module's they may come per row."""
     parts = [(start, part) for start, stack in zip(_starts(stacks), stacks, strict=True) for part in stack.dense]
-    each = [
-        (sums.sum() if len(part.members) == 1 and sums.dim() else sums).reshape(-1)
-        for (_, part), sums in zip(parts, found, strict=True)
-    ]
-    sums, modules = join(each), [start + k for start, part in parts for k in part.members]
-    if len(set(modules)) == len(modules):
+    single, several, modules = [], [], []
+    for (start, part), sums in sorted(zip(parts, found, strict=True), key=lambda each: len(each[0][1].members)):
+        if len(part.members) == 1:
+            single.append(sums.sum() if sums.dim() else sums)
+        else:
+            several.append(sums)
+        modules += [start + k for k in part.members]
+    sums = join([*([scalars.stack(single)] if single else ()), *several])
+    if modules == list(range(len(modules))):
         return sums
     # two terms of a sum are the same in either order
     return sums.new_zeros(max(modules) + 1).index_add_(0, numbers(modules, sums, torch.long), sums)

@@ -165,13 +165,10 @@ class MoLFUpdate(MoLFState):
         rows = () if alike else (ranks.start, ranks.stop, times)
         key = (ids, n, folds, rows, value.dtype, value.device)
         if key not in self._coefficients:
-            decay, size = (
-                numbers(x[0], value) if alike else self._per_rank(x, value)[ranks].repeat(times)[:, None]
-                for x in (decays, sizes)
-            )
-            self._coefficients[key] = Coefficients(
-                decay, size, numbers(root, value), numbers(1 / root, value), groups[0]["eps"]
-            )
+            decay, size, correction, inverse = numbers([decays[0], sizes[0], root, 1 / root], value).unbind()
+            if not alike:
+                decay, size = (self._per_rank(x, value)[ranks].repeat(times)[:, None] for x in (decays, sizes))
+            self._coefficients[key] = Coefficients(decay, size, correction, inverse, groups[0]["eps"])
         return key
 
     def _first_rank(self, module: RoutedModule) -> int:
