@@ -116,6 +116,26 @@ def test_a_frozen_bias_stays_frozen() -> None:
     assert not model[0].bias.requires_grad
 
 
+@pytest.mark.parametrize("policy", ["fixed-lora", "fixed-dense"])
+def test_a_weight_in_another_tensor_is_taken_with_the_same_content_only(policy: str) -> None:
+    """``weight.data = other`` moves no version counter."""
+    model = causal_lm("llama")
+    optimizer = create_molf_optimizer(model, MoLFConfig(expert_ranks=(2,), policy=policy))
+    lm_step(model, optimizer, 0)
+    weight = model.model.layers[1].mlp.up_proj.weight
+    weight.data = weight.data.clone()
+    lm_step(model, optimizer, 1)
+    weight.data = weight.data * 2
+    before = weight.detach().clone()
+    with pytest.raises(RuntimeError, match=r"layers\.1\.mlp\.up_proj was changed since"):
+        lm_step(model, optimizer, 2)
+    assert torch.equal(before, weight)
+    optimizer.zero_grad()
+    optimizer.sync_weights()
+    assert torch.equal(2 * weight, before)
+    lm_step(model, optimizer, 2)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_changed_behind_the_optimizer_are_not_overwritten(dtype: torch.dtype) -> None:
     model = causal_lm("llama", dtype)

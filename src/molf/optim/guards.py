@@ -15,6 +15,7 @@ from .adamw import moment_dtype
 from .passes import Passes
 from .scalars import join, stack
 from .sharding import local
+from .virtual import storage
 
 
 class NonFiniteError(ArithmeticError):
@@ -32,11 +33,12 @@ class ResumeError(RuntimeError):
 class WrittenTensors:
     """Notices when someone else writes into a tensor that the optimizer rewrites from its state.
 
-    A tensor's version counter tells for nothing; only where it moved the content is compared.
+    A tensor's version counter and storage tell for nothing; only where one is another the content is compared. A write
+    through ``tensor.data`` is not counted by torch and goes unnoticed.
     """
 
     def __init__(self) -> None:
-        self._versions: list[tuple[int, int]] = []
+        self._versions: list[tuple[int, int, int]] = []
 
     def remember(self, tensors: Iterable[Tensor]) -> None:
         """Take the tensors as they are now."""
@@ -64,8 +66,8 @@ class WrittenTensors:
         self._versions = now
 
 
-def _versions(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
-    return [(id(tensor), local(tensor)._version) for tensor in tensors]
+def _versions(tensors: Iterable[Tensor]) -> list[tuple[int, int, int]]:
+    return [(id(tensor), local(tensor)._version, storage(tensor)) for tensor in tensors]
 
 
 def check_dtype(name: str, parameter: Tensor, state: dict[str, Any], keep_base: bool) -> None:
