@@ -154,6 +154,24 @@ def test_8_bit_moments_follow_the_full_ones(tmp_path) -> None:
         optimizers[0].load_state_dict(optimizers[1].state_dict())
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("policy", ["fixed-dense", "score"])
+def test_8_bit_moments_of_small_gradients_beside_large_ones(policy: str) -> None:
+    """Where v rounds to 0 and m does not, a step is not m/ε: none is larger than AdamW's, of W or of what is not routed."""
+    model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Embedding(64, 64))
+    config = MoLFConfig(expert_ranks=(2,), policy=policy, lora_lr=0.0, weight_decay=0.0, lr=1e-3, moments_8bit=True)
+    optimizer = create_molf_optimizer(model, config)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    for parameter in model.parameters():
+        parameter.grad = torch.full((64, 64), 1e-4)
+        parameter.grad[:, 0] = 1.0
+    optimizer.step()
+    for old, parameter in zip(before, model.parameters(), strict=True):
+        moved = (parameter - old).abs()
+        assert moved.max() <= 1.05e-3
+        assert moved.min() > 1e-4
+
+
 @pytest.mark.parametrize("efficient", [False, True])
 def test_steps_in_the_backward_pass_are_the_same_bits(efficient: bool) -> None:
     config = MoLFConfig(expert_ranks=(2, 4), train_base=not efficient, **RATES)

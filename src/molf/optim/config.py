@@ -206,7 +206,7 @@ class MoLFConfig:
                 "sqrt(v) + eps"
             )
         if self.moments_8bit and self.eps < 1e-8:
-            raise ValueError(f"eps={self.eps}: at least 1e-8 with moments_8bit, because in 8 bits a small v becomes 0")
+            raise ValueError(f"eps={self.eps}: at least 1e-8 with moments_8bit, because in 8 bits a tiny v becomes 0")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas={self.betas}: give two numbers from 0 up to, not including, 1")
         if self.step_in_backward and self.max_grad_norm is not None:

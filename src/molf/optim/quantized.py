@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -33,5 +35,16 @@ def is_quantized(tensor: Tensor | None) -> bool:
 
 
 def as_float(tensor: Tensor) -> Tensor:
-    """The tensor itself, or the fp32 values that its 8 bits stand for."""
-    return tensor.dequantize() if is_quantized(tensor) else tensor
+    """The tensor itself, or the fp32 values that its 8 bits stand for.
+
+    A v that 8 bits round to 0, beside a larger one of its block, is the least that they can say above 0: its m, which is
+    not as small beside its own block's, would else be divided by ε alone.
+    """
+    if not is_quantized(tensor):
+        return tensor
+    values: Any = tensor
+    found = values.dequantize()
+    if values.signed:
+        return found
+    least = values.scale * values.qmap.where(values.qmap > 0, torch.inf).amin()
+    return found.view(len(least), -1).maximum(least[:, None]).view_as(found)
