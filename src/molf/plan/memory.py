@@ -23,7 +23,7 @@ KINDS = ("weights", "masters", "experts", "gradients", "moments", "activations",
 HEAD_CHUNK = 32768
 """Columns of the logits that TRL's loss holds at a time."""
 STEP_TENSORS = 3
-"""Tensors that a pass of MoLF's step holds beside the state, of the size of a block or of one matrix of an expert."""
+"""Tensors that a pass of MoLF's step holds beside the state, of the size of a block."""
 
 
 @dataclass(frozen=True)
@@ -244,20 +244,21 @@ def _of_optimizer(optimizer: Any) -> Iterator[Held]:
 def _of_step(optimizer: Any) -> tuple[int, int]:
     """Bytes that a step needs beside the state, and how many of them FSDP2's processes sum.
 
-    Gradients of experts that are no parameters, gradients and values that are gathered, and a pass's tensors.
+    Gradients of experts that are no parameters and gradients that are gathered, or after them values that are; one matrix
+    more, as that of a scaled B; and a pass's tensors.
     """
-    sizes, summed = [], 0
+    sizes, values, summed = [], [], 0
     for stack in optimizer.stacks().all:
         gathered, virtual = len(stack) > 1, stack.modules[0].lora_A is None
         several = [part for part in (*stack.dense, *(stack.pair or ())) if len(part.parameters) > 1]
-        sizes += [_size(part.exp_avg) for part in several if part.value is None]
+        values += [_size(part.exp_avg) for part in several if part.value is None]
         sizes += [_size(part.exp_avg) for part in stack.dense if len(part.members) > 1]
         for factor, part in enumerate(stack.pair or ()):
             if gathered or virtual or part.turned:  # a real adapter's B is scaled
                 sizes.append(_size(part.exp_avg))
             if virtual and factor == int(stack.modules[0].transposed):
                 summed += _size(part.exp_avg)
-    return sum(sizes) + STEP_TENSORS * max([4 * BLOCK, *sizes]), summed
+    return max(sum(sizes), sum(values)) + max([0, *sizes, *values]) + STEP_TENSORS * 4 * BLOCK, summed
 
 
 def _of_adamw(model: nn.Module) -> Iterator[Held]:
