@@ -258,7 +258,7 @@ def test_a_full_disk_is_one_line_and_older_checkpoints_resume(tmp_path, trained,
     error = fails(capsys, command(facts, out))
     assert f"{out / 'checkpoint-2'} cannot be written, with " in error
     assert "MiB free on its disk" in error
-    assert "make room and continue with --resume_from_checkpoint last" in error
+    assert "make room or give permission, and continue with --resume_from_checkpoint last" in error
     assert [path.name for path in out.glob("*checkpoint*")] == ["checkpoint-1"]
     check_checkpoint(out / "checkpoint-1")
     subprocess.run(["mount", "-o", "remount,size=100m", str(disk)], check=True)

@@ -157,7 +157,7 @@ def test_8_bit_moments_follow_the_full_ones(tmp_path) -> None:
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("policy", ["fixed-dense", "score"])
 def test_8_bit_moments_of_small_gradients_beside_large_ones(policy: str) -> None:
-    """Where v rounds to 0 and m does not, a step is not m/ε: none is larger than AdamW's, of W or of what is not routed."""
+    """Where v rounds to 0 and m does not, a step is not m/ε: none is larger than AdamW's."""
     model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Embedding(64, 64))
     config = MoLFConfig(expert_ranks=(2,), policy=policy, lora_lr=0.0, weight_decay=0.0, lr=1e-3, moments_8bit=True)
     optimizer = create_molf_optimizer(model, config)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .quantized import as_float, is_quantized
-from .sharding import local
+from .sharding import anywhere, local
 
 _SETTINGS = tuple("expert expert_ranks scales score_fn top_k policy random_shares policy_seed param_names".split())
 
@@ -64,6 +64,16 @@ def check_loadable(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         )
     for index, parameter, name in zip(ids, parameters, own_names, strict=True):
         _check_entry(name, state_dict["state"].get(index, {}), optimizer.state[parameter])
+    named = [
+        (f"{key} of {name}", value)
+        for index, name in zip(ids, own_names, strict=True)
+        for key, value in state_dict["state"].get(index, {}).items()
+    ]
+    broken = next((name for name, value in named if not as_float(local(value)).isfinite().all()), None)
+    if anywhere(broken is not None, [value for _, value in named]):
+        raise ValueError(
+            f"{broken or 'what another process holds'} is not finite in the optimizer state: take an older checkpoint"
+        )
 
 
 def _check_entry(name: str, saved: dict[str, Any], own: dict[str, Any]) -> None:
@@ -78,8 +88,6 @@ def _check_entry(name: str, saved: dict[str, Any], own: dict[str, Any]) -> None:
             raise ValueError(f"{key} of {name} is kept otherwise in the optimizer state: use the same moments_8bit")
         if saved[key].dtype != value.dtype:
             raise ValueError(f"{key} of {name} is {saved[key].dtype} in the optimizer state, here {value.dtype}")
-        if not as_float(local(saved[key])).isfinite().all():
-            raise ValueError(f"{key} of {name} is not finite in the optimizer state: take an older checkpoint")
 
 
 def _plain(value: Any) -> Any:

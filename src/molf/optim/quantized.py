@@ -37,8 +37,8 @@ def is_quantized(tensor: Tensor | None) -> bool:
 def as_float(tensor: Tensor) -> Tensor:
     """The tensor itself, or the fp32 values that its 8 bits stand for.
 
-    A v that 8 bits round to 0, beside a larger one of its block, is the least that they can say above 0: its m, which is
-    not as small beside its own block's, would else be divided by ε alone.
+    A v that 8 bits round to 0, beside a larger one of its block, is the least that they can say above 0: its m, which
+    is not as small beside its own block's, would else be divided by ε alone.
     """
     if not is_quantized(tensor):
         return tensor

@@ -75,6 +75,17 @@ def shard_like(whole: Tensor, like: Any, dim: int | None) -> Tensor:
     return sharded.to(local(like).device)  # with CPU offload not where the mesh's devices are
 
 
+def anywhere(flag: bool, tensors: Iterable[Any]) -> bool:
+    """Whether a flag is set in any process that shares one of the tensors; the flag itself if none is a DTensor."""
+    shared = next((each for each in tensors if is_distributed(each)), None)
+    if shared is None:
+        return flag
+    mesh, found = shared.device_mesh, torch.tensor(float(flag), device=shared.device_mesh.device_type)
+    for dim in range(mesh.ndim):
+        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=mesh.get_group(dim))
+    return bool(found.item())
+
+
 def fitted(saved: Tensor, own: Tensor) -> Tensor:
     """A saved tensor as its counterpart here is held: sharded, or whole. Gathers, so all processes call it together."""
     if is_distributed(saved) and not is_distributed(own):

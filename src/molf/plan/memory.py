@@ -244,8 +244,8 @@ def _of_optimizer(optimizer: Any) -> Iterator[Held]:
 def _of_step(optimizer: Any) -> tuple[int, int]:
     """Bytes that a step needs beside the state, and how many of them FSDP2's processes sum.
 
-    Gradients of experts that are no parameters and gradients that are gathered, or after them values that are; one matrix
-    more, as that of a scaled B; and a pass's tensors.
+    Gradients of experts that are no parameters and gradients that are gathered, or after them values that are; one
+    matrix more, as that of a scaled B; and a pass's tensors.
     """
     sizes, values, summed = [], [], 0
     for stack in optimizer.stacks().all:

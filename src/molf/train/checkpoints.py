@@ -56,9 +56,10 @@ class WholeCheckpoints:
             with writing(final):
                 super()._save_checkpoint(model, trial)  # type: ignore[misc]
                 this._finish_current_push()  # an upload reads the staged folder
-                if this.args.should_save and Path(this.state.best_model_checkpoint or "") == staged:
-                    this.state.best_model_checkpoint = str(final)
-                    this.state.save_to_json(str(staged / "trainer_state.json"))
+                if Path(this.state.best_model_checkpoint or "") == staged:
+                    this.state.best_model_checkpoint = str(final)  # in every process, for all of them load it
+                    if this.args.should_save:
+                        this.state.save_to_json(str(staged / "trainer_state.json"))
                 this.accelerator.wait_for_everyone()
                 entries = from_all(look_at_files(staged, this.args.process_index, this.args.world_size))
                 if this.args.should_save:
@@ -78,6 +79,13 @@ class WholeCheckpoints:
             load_weights(this.model, Path(resume_from_checkpoint))
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+
+    def _load_best_model(self) -> None:
+        this: Any = self
+        if is_sharded(this.model) and not isinstance(this.model, PeftModel):
+            load_weights(this.model, Path(this.state.best_model_checkpoint))
+        else:
+            super()._load_best_model()  # type: ignore[misc]
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         this: Any = self
@@ -104,6 +112,9 @@ class WholeCheckpoints:
         this.state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
         if this.args.should_save:  # the run may have been killed before it did
             rotate(Path(checkpoint), this.args.save_total_limit, this.state.best_model_checkpoint)
+        best = this.state.best_model_checkpoint
+        if this.args.load_best_model_at_end and best is not None and Path(best).is_dir():
+            this._load_best_model()
 
 
 def look_at_files(folder: Path, process: int, processes: int) -> dict[str, dict[str, Any]]:
@@ -124,10 +135,14 @@ def publish(staged: Path, final: Path, entries: Sequence[dict[str, dict[str, Any
 
     Raises:
         OSError: If the disk is full.
+        ValueError: If a process has written to another folder.
     """
+    listed = {name: entry for part in entries for name, entry in part.items()}
+    if listed.keys() != {str(path.relative_to(staged)) for path in staged.rglob("*") if path.is_file()}:
+        raise ValueError(f"{final}: not all files are there; output_dir has to be one folder for all of them")
     for path in (path for path in staged.rglob("*") if path.is_dir()):
         sync(path)
-    write_json(staged / MANIFEST, {"files": {name: entry for part in entries for name, entry in part.items()}})
+    write_json(staged / MANIFEST, {"files": listed})
     if final.exists():
         final.rename(staged.parent / "replaced")
     staged.rename(final)
@@ -166,5 +181,5 @@ def writing(path: Path) -> Iterator[None]:
         free = shutil.disk_usage(path.parent).free / 2**20
         raise OSError(
             f"{path} cannot be written, with {free:.1f} MiB free on its disk ({' '.join(str(error).split())[:200]}): "
-            "make room and continue with --resume_from_checkpoint last; older checkpoints are whole"
+            "make room or give permission, and continue with --resume_from_checkpoint last; older checkpoints are whole"
         ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -69,6 +70,9 @@ def check_fsdp(fsdp: Any, config: Any) -> tuple[bool, dict[str, Any]]:
             f"fsdp_config {key}={found[key]!r} is not used: every layer is sharded, whole weights and sharded state of "
             f"the optimizer are saved; leave it out, known are {', '.join(FSDP_CONFIG)}"
         )
+    for key, kind, remedy in (("cpu_offload", bool, "true or false"), ("dp_replicate_size", int, "a number")):
+        if key in found and type(found[key]) is not kind:
+            raise ValueError(f"fsdp_config {key}={found[key]!r}: give {remedy}, without quotes")
     return str(fsdp).lower() == "true", found
 
 
@@ -121,10 +125,26 @@ def from_all(value: T) -> list[T]:
     return found
 
 
-def first_error(error: T | None) -> T | None:
-    """What the first process that found an error has of it, on every process, so that all stop or go on together.
+def check_alike(what: str, value: Any) -> None:
+    """Refuse processes of which one has other data than the first: one would wait for steps that another does not make.
+
+    Raises:
+        ValueError: In every process, naming what differs.
+    """
+    digests = from_all(hashlib.sha256(repr(value).encode()).hexdigest())
+    other = next((process for process, digest in enumerate(digests) if digest != digests[0]), None)
+    if other is not None:
+        raise ValueError(f"process {other} has other {what} than the first: give all the same options and files")
+
+
+def first_error(error: T | None, least: Callable[[T], Any] = lambda _: 0) -> T | None:
+    """What one process that found an error has of it, on every process, so that all stop or go on together.
 
     It costs one sum of one number; only where there is an error it is sent.
+
+    Args:
+        error: What this process has found.
+        least: Of several errors the first one with the least of this is taken.
     """
     if processes() == 1:
         return error
@@ -133,7 +153,7 @@ def first_error(error: T | None) -> T | None:
     torch.distributed.all_reduce(broken)
     if not broken.item():
         return None
-    return next(each for each in from_all(error) if each is not None)
+    return min((each for each in from_all(error) if each is not None), key=least)
 
 
 def lost_process(error: BaseException) -> bool:

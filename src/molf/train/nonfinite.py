@@ -50,7 +50,8 @@ class FiniteSteps:
         self._losses = (*self._losses, loss)
         if this.accelerator.sync_gradients:
             losses, self._losses = self._losses, ()
-            if (found := first_error(self._broken(losses))) is not None:
+            # a loss of one process makes the gradients of all NaN: the cause comes before its consequence
+            if (found := first_error(self._broken(losses), _is_of_gradients)) is not None:
                 self._stop_or_skip(*found)
         return loss
 
@@ -96,6 +97,10 @@ class FiniteSteps:
         if (error := first_error(_unfit(this.model, this.optimizer))) is not None:
             raise error
         super().save_model(*args, **kwargs)  # type: ignore[misc]
+
+
+def _is_of_gradients(found: tuple[NonFiniteError, bool]) -> bool:
+    return isinstance(found[0], NonFiniteGradientError)
 
 
 def _unfit(model: nn.Module, optimizer: Any) -> NonFiniteError | None:

@@ -22,7 +22,7 @@ _DECISIVE = (
     "learning_rate lr_scheduler_type warmup_steps num_train_epochs max_steps per_device_train_batch_size "
     "gradient_accumulation_steps seed data_seed adam_beta1 adam_beta2 adam_epsilon max_length packing packing_strategy "
     "bf16 fp16 optim lr_scheduler_kwargs label_smoothing_factor neftune_noise_alpha completion_only_loss loss_type "
-    "dataloader_drop_last eos_token"
+    "dataloader_drop_last eos_token train_sampling_strategy average_tokens_across_devices"
 ).split()
 _OF_METHOD = (
     "model_name_or_path model_revision method dtype quantization task dataset_path max_examples validation_size "

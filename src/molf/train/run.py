@@ -33,7 +33,7 @@ from .arguments import MethodArguments, TrainArguments
 from .callbacks import PlanCallback, RoutingCallback, SpeedCallback, before_loggers
 from .checkpoints import WholeCheckpoints, writing
 from .data import evaluation_records, fit_examples, load_data
-from .distributed import from_first, is_sharded
+from .distributed import check_alike, from_first, is_sharded, lost_process
 from .evaluation import ScoredEvaluation
 from .files import sync, write_json
 from .load import hub_commit, load_model, load_tokenizer, naming, versions
@@ -75,6 +75,8 @@ def train(method: MethodArguments, args: TrainArguments, callbacks: Sequence[Tra
         model = load_model(method.model_name_or_path, method.dtype, **_hub(method, args), **_quantized(method, args))
         resolved["model_commit"] = hub_commit(method.model_name_or_path, method.model_revision)
     dataset, cut = _fit(task, dataset, scored, model, tokenizer, method, args.max_length)
+    if args.world_size > 1:
+        check_alike("training examples", list(dataset))
     evaluated = evaluation_records(method, scored) if args.eval_strategy != "no" else []
     adapted = Adapted(model, method.method, config, resolved["model_commit"]) if spec.saves_adapter(config) else None
     if args.fsdp:
@@ -149,6 +151,8 @@ def _make_trainer(method: str, **arguments: Any) -> Any:
     try:
         trainer: Any = (_AdaLoraTrainer if method == "adalora" else _Trainer)(**arguments)
     except (RuntimeError, ImportError, HTTPError) as error:  # such as a logger that is not installed, or push_to_hub
+        if lost_process(error):
+            raise
         raise ValueError(f"the trainer cannot be made: {error}") from error
     keep_adapters_in_fp32(trainer.model)
     trainer.on_nonfinite, trainer.nonfinite_limit = trainer.args.on_nonfinite, trainer.args.nonfinite_limit
