@@ -12,6 +12,7 @@ from models import causal_lm, lm_step
 from molf import (
     MoLFConfig,
     MoLFOptimizerFactory,
+    NonFiniteGradientError,
     RoutingRecorder,
     create_molf_optimizer,
     molf_lora_config,
@@ -114,6 +115,50 @@ def test_a_frozen_bias_stays_frozen() -> None:
     model[0].bias.requires_grad_(False)
     create_molf_optimizer(model, TWO)
     assert not model[0].bias.requires_grad
+
+
+def test_weights_loaded_through_data_before_the_first_step_are_not_undone() -> None:
+    """No version counter tells of ``parameter.data.copy_``."""
+    model, other = causal_lm("llama", torch.bfloat16), causal_lm("llama", torch.bfloat16)
+    optimizer = create_molf_optimizer(model, TWO)
+    for parameter, loaded in zip(model.parameters(), other.parameters(), strict=True):
+        parameter.data.copy_(loaded.data + 1)
+    with pytest.raises(RuntimeError, match="was changed since the optimizer was made"):
+        lm_step(model, optimizer, 0)
+
+
+def test_a_tensor_of_another_shape_changes_nothing() -> None:
+    model = causal_lm("llama")
+    optimizer = create_molf_optimizer(model, TWO)
+    lm_step(model, optimizer, 0)
+    norm, before = model.model.norm.weight, copy.deepcopy(optimizer.state_dict()["state"])
+    shape = norm.shape[0]
+    norm.data = torch.ones(shape + 1)
+    norm.grad = torch.ones(shape + 1)
+    for name, parameter in model.named_parameters():
+        if name != "model.norm.weight":
+            parameter.grad = torch.ones_like(parameter)
+    with pytest.raises(RuntimeError, match=rf"model\.norm\.weight is \({shape + 1},\) now and was \({shape},\)"):
+        optimizer.step()
+    torch.testing.assert_close(optimizer.state_dict()["state"], before, rtol=0, atol=0)
+
+
+def test_weights_that_are_nan_are_no_change() -> None:
+    """What is wrong with such a model is said of its gradients."""
+    model = causal_lm("llama", torch.bfloat16)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.fill_(torch.nan)
+    optimizer = create_molf_optimizer(model, TWO)
+    with pytest.raises(NonFiniteGradientError):
+        lm_step(model, optimizer, 0)
+
+
+@pytest.mark.parametrize("expert", ["dense", "lora_r2"])
+def test_a_group_that_would_never_move_is_refused(expert: str) -> None:
+    """Experts' groups are the modules'; what is added later is in none of them."""
+    optimizer = create_molf_optimizer(causal_lm("llama"), MoLFConfig(expert_ranks=(2,)))
+    with pytest.raises(ValueError, match=f"expert='{expert}': choose one of other, other_no_decay"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "expert": expert})
 
 
 @pytest.mark.parametrize("policy", ["fixed-lora", "fixed-dense"])

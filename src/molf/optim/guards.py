@@ -34,11 +34,11 @@ class WrittenTensors:
     """Notices when someone else writes into a tensor that the optimizer rewrites from its state.
 
     A tensor's version counter and storage tell for nothing; only where one is another the content is compared. A write
-    through ``tensor.data`` is not counted by torch and goes unnoticed.
+    through ``tensor.data`` is not counted by torch and goes unnoticed, but for the first step, which compares all.
     """
 
     def __init__(self) -> None:
-        self._versions: list[tuple[int, int, int]] = []
+        self._versions: list[tuple[int, int, int]] = []  # nothing was seen: the first step compares everything
 
     def remember(self, tensors: Iterable[Tensor]) -> None:
         """Take the tensors as they are now."""
@@ -58,7 +58,7 @@ class WrittenTensors:
         if now == self._versions:
             return
         for name, tensor, content in derived():
-            if not torch.equal(content.to(tensor.dtype), tensor):
+            if not torch.allclose(content.to(tensor.dtype), tensor, rtol=0, atol=0, equal_nan=True):
                 raise RuntimeError(
                     f"{name} was changed since the optimizer was made, and the step would undo that: load weights "
                     "before making the optimizer, or call sync_weights() to return to the optimizer's state"
@@ -70,12 +70,15 @@ def _versions(tensors: Iterable[Tensor]) -> list[tuple[int, int, int]]:
     return [(id(tensor), local(tensor)._version, storage(tensor)) for tensor in tensors]
 
 
-def check_dtype(name: str, parameter: Tensor, state: dict[str, Any], keep_base: bool) -> None:
-    """Refuse a parameter whose dtype is no longer that of its moments.
+def check_unchanged(name: str, parameter: Tensor, state: dict[str, Any], keep_base: bool) -> None:
+    """Refuse a parameter whose dtype or shape is no longer that of its moments.
 
     Raises:
-        RuntimeError: If the model was converted after its optimizer was made.
+        RuntimeError: If the model was converted, or a tensor of it resized, after its optimizer was made.
     """
+    if "exp_avg" in state and state["exp_avg"].shape != parameter.shape:
+        found, made = tuple(parameter.shape), tuple(state["exp_avg"].shape)
+        raise RuntimeError(f"{name} is {found} now and was {made}: resize the model before its optimizer is made")
     if "base" in state or "exp_avg" not in state:
         return
     dtype = moment_dtype(parameter)

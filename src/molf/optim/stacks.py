@@ -127,14 +127,14 @@ class Stacks:
         parts = [part for stack in self.all for part in (*stack.weights, *stack.dense)]
         parts += [part for stack in self.all for part in stack.pair or ()] + [other.part for other in self.others]
         self._gathered = {id(each) for part in parts if len(part.parameters) > 1 for each in part.parameters}
-        self._held, self._held_firm = self._tensors(), self._firm()
+        self._held, self._held_firm, self._shapes = self._tensors(), self._firm(), self._shapes_now()
 
     def fit(self, groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, dict[str, Tensor]]) -> bool:
         """Whether the optimizer still holds the groups, whose rates are read, and the tensors that these stacks are of.
 
         ``load_state_dict`` of torch replaces the groups.
         """
-        if groups is not self._groups or state is not self._state:
+        if groups is not self._groups or state is not self._state or self._shapes_now() != self._shapes:
             return False
         found = self._tensors()
         if _same(found, self._held):
@@ -179,6 +179,9 @@ class Stacks:
             self._steps.add_(1)
         else:
             self._steps[moved] += 1
+
+    def _shapes_now(self) -> list[torch.Size]:
+        return [parameter.shape for group in self._groups for parameter in group["params"]]
 
     def _tensors(self) -> list[Any]:
         """All that a stack refers to, themselves and not their ids, which are given again, and the model's dtypes."""

@@ -61,7 +61,6 @@ class MoLFState(Optimizer):
                 virtual.make_experts(self.state[weight], weight, rank, module.transposed, dtype)
                 if config.keep_base:
                     self.state[weight].setdefault("base", weight.detach())  # W = P while B = 0
-        self._remember_written()
 
     def __getstate__(self) -> dict[str, Any]:
         """All attributes but the caches and the hooks, so that copies and pickles work."""
@@ -77,9 +76,11 @@ class MoLFState(Optimizer):
         """Add a group and make the state of its parameters at once; a group without "expert" is not routed.
 
         Raises:
-            ValueError: If "expert" is none of this optimizer's groups.
+            ValueError: If "expert" is none of this optimizer's groups, or one of modules, which are what they are.
         """
-        known = {*self.experts, "dense_bias", "base", "other", "other_no_decay"}
+        known = {"other", "other_no_decay"}
+        if not hasattr(self, "_passes"):  # as it is made
+            known |= {*self.experts, "dense_bias", "base"}
         if param_group.setdefault("expert", "other") not in known:
             raise ValueError(f"expert={param_group['expert']!r}: choose one of {', '.join(sorted(known))}")
         params = param_group["params"] = _listed(param_group["params"])
@@ -271,10 +272,10 @@ class MoLFState(Optimizer):
                     yield name, local(parameter), local(self.state[parameter]["base"])
         for module in self.modules:
             weight = self._parameter(module.slots[0])
-            if self._is_virtual(module) and "base" in self.state[weight]:
+            base = self.state[weight].get("base", weight)
+            if self._is_virtual(module) and not virtual.shares_storage(base, weight):
                 expected = local(weight).clone()
-                if not virtual.shares_storage(self.state[weight]["base"], weight):
-                    self._write_products([self._products(module, expected, self.state[weight]["base"])])
+                self._write_products([self._products(module, expected, base)])
                 yield module.name, local(weight), expected
 
     def _rewritten(self) -> Iterator[Tensor]:

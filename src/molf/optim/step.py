@@ -17,7 +17,7 @@ from torch import Tensor
 from . import scalars, virtual
 from .adamw import Tracking
 from .config import MoLFConfig
-from .guards import GradientCheck, check_dtype, check_gradients, look_at, refuse_sparse
+from .guards import GradientCheck, check_gradients, check_unchanged, look_at, refuse_sparse
 from .layout import RoutedModule, Slot
 from .passes import track_all
 from .policy import priorities
@@ -55,7 +55,7 @@ class MoLFStep(MoLFUpdate):
         if self._stacks is None or not self._stacks.fit(self.param_groups, self.state):
             for group in self.param_groups:
                 for name, parameter in zip(group["param_names"], group["params"], strict=True):
-                    check_dtype(name, parameter, self.state[parameter], self.config.keep_base)
+                    check_unchanged(name, parameter, self.state[parameter], self.config.keep_base)
             self._stacks = Stacks(self.modules, self._others(), self.param_groups, self.state, self.config)
         return self._stacks
 
