@@ -45,6 +45,15 @@ def test_non_finite_gradient_stops_before_anything_changes(bad: float, clip: flo
     lm_step(model, optimizer, 3)
 
 
+def test_a_step_without_any_gradient_is_warned_of() -> None:
+    """As of an optimizer whose parameters are not the model's any more."""
+    model, optimizer = small()
+    before = snapshot(model, optimizer)
+    with pytest.warns(UserWarning, match="no parameter of this optimizer has a gradient"):
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, snapshot(model, optimizer), strict=True))
+
+
 def test_closure_and_sparse_gradients_are_refused() -> None:
     model, optimizer = small()
     with pytest.raises(ValueError, match="closure"):
@@ -226,7 +235,8 @@ def test_a_step_without_gradients_is_a_record_without_decisions(tmp_path) -> Non
     model, optimizer = small()
     recorder = RoutingRecorder(optimizer, tmp_path / "routing.jsonl")
     lm_step(model, optimizer, 0)
-    optimizer.step()
+    with pytest.warns(UserWarning, match="no parameter of this optimizer has a gradient"):
+        optimizer.step()
     recorder.close()
     assert optimizer.routing == {}
     records = read_routing(tmp_path / "routing.jsonl")[1]

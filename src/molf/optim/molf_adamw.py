@@ -13,6 +13,7 @@ is a segment vector, scores are per-rank sums reduced by segment, updates are ma
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -117,7 +118,14 @@ class MoLFAdamW(MoLFStep):
         active = [module for module in self.modules if whole or _has_gradients(module, present)]
         self._check_resumed({module.name for module in active})
         self.decisions = []
-        self._step(active, [each for each in self._others() if each.parameter.grad is not None])
+        others = [each for each in self._others() if each.parameter.grad is not None]
+        if not active and not others:
+            warnings.warn(
+                "step: no parameter of this optimizer has a gradient, nothing was updated; make the optimizer from the "
+                "model that is trained",
+                stacklevel=3,
+            )
+        self._step(active, others)
         self._remember_written()
         every = self.config.check_ranks_every
         if every is not None and processes() > 1 and self.steps_taken % every == 0:
