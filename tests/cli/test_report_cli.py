@@ -97,6 +97,19 @@ def test_tiles_say_who_is_best(tmp_path) -> None:
     ]
 
 
+def test_dense_wins_are_of_the_steps_that_compared_anything(tmp_path) -> None:
+    """The metrics count the step at a learning rate of 0 that the schedule began with."""
+    lines = routing_lines(4, ["m"])
+    lines[1]["scores"] = [[0.0, 0.0]]  # dense won this tie alone
+    run = write_run(tmp_path / "run", routing=lines)
+    metrics = json.loads((run / "metrics.json").read_text()) | {"expert_share": {"dense": 0.25, "lora_r4": 0.75}}
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    assert main(["report", str(run)]) == 0
+    data = data_of(run / "report.html")
+    assert data["rows"][0]["dense"] == 0
+    assert data["runs"][0]["sentences"][0].startswith("3 decisions: 1 modules at 3 steps. dense won 0.0")
+
+
 def test_text_of_runs_is_escaped(tmp_path) -> None:
     run = write_run(tmp_path / "<img src=x onerror=alert(1)>", name="</script><b>{{plotly}}")
     assert main(["report", str(run)]) == 0

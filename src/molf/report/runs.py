@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from ..optim.routing import stream_routing
+from ..optim.routing import stream_routing, unscored
 
 
 @dataclass(frozen=True)
 class RoutingLog:
-    """A routing log: T steps, M modules, E experts.
+    """A routing log: T steps, M modules, E experts. Steps whose scores are all 0 are left out.
 
     Attributes:
         modules: Module names.
@@ -101,7 +101,7 @@ def _read_run(folder: Path, name: str) -> Run:
             raise ValueError(f"{folder / 'run.json'} has no {part!r}: it was not written by molf train")
     metrics = _read_json(folder / "metrics.json") if (folder / "metrics.json").is_file() else {}
     routing = read_routing_log(folder / "routing.jsonl") if (folder / "routing.jsonl").is_file() else None
-    if routing is not None and not len(routing.steps):  # killed before its first step
+    if routing is not None and not len(routing.steps):  # killed before its first step that compared anything
         routing = None
     return Run(name, folder, config, metrics, _history(folder), routing)
 
@@ -145,9 +145,12 @@ def read_routing_log(path: Path) -> RoutingLog:
     won = np.zeros(shape, dtype=bool)
     best = np.full(shape[:2], -1, dtype=np.int16)
     steps = np.zeros(count, dtype=np.int64)
-    row = 0
+    row = left_out = 0
     try:
         for record in records:
+            if unscored(record):
+                left_out += 1
+                continue
             steps[row] = record["step"]
             took_part = np.array([winners is not None for winners in record["winners"]], dtype=bool)
             if took_part.any():
@@ -158,5 +161,5 @@ def read_routing_log(path: Path) -> RoutingLog:
                     won[row, took_part.nonzero()[0], place] = True
             row += 1
     except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise ValueError(f"{path}, line {row + 2}, is damaged: {error}") from error
-    return RoutingLog(modules, experts, steps, scores, best, won)
+        raise ValueError(f"{path}, line {row + left_out + 2}, is damaged: {error}") from error
+    return RoutingLog(modules, experts, *(x[:row] for x in (steps, scores, best, won)))
