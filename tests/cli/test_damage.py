@@ -23,6 +23,7 @@ import molf.cli.train
 import molf.train.run
 from molf.assets import BUNDLED_MODEL
 from molf.cli import main
+from molf.train import verify
 from molf.train.resume import check_checkpoint, last_checkpoint
 from molf.train.verify import MANIFEST
 
@@ -120,7 +121,7 @@ def test_a_damaged_file_is_named_and_its_checkpoint_skipped(tmp_path, trained, c
     assert not (tmp_path / "payload").exists()
 
 
-def test_weights_of_another_run_and_other_payloads(tmp_path, trained, facts, capsys, loads) -> None:
+def test_weights_of_another_run_and_other_payloads(tmp_path, trained, facts, capsys, loads, monkeypatch) -> None:
     """A file that is good in itself, in the wrong place; a pickle that no one loads stays unloaded."""
     out = tmp_path / "run"
     shutil.copytree(trained("molf"), out, ignore=shutil.ignore_patterns("metrics.json"))
@@ -135,8 +136,11 @@ def test_weights_of_another_run_and_other_payloads(tmp_path, trained, facts, cap
     assert "model.safetensors is not the file that was saved (another SHA-256): take an older checkpoint" in error
     assert not loads
     shutil.copy(trained("molf") / "checkpoint-2" / "model.safetensors", last)
+    read, sha256 = [], verify.sha256
+    monkeypatch.setattr(verify, "sha256", lambda path: (read.append(path.name), sha256(path))[1])
     assert main(command(facts, out, "--resume_from_checkpoint", str(last))) == 0
     assert loads == [str(last)]
+    assert sorted(read) == sorted(manifest["files"])  # once
     assert not (tmp_path / "payload").exists()
 
 

@@ -97,6 +97,33 @@ def test_tiles_say_who_is_best(tmp_path) -> None:
     ]
 
 
+def test_dense_wins_are_of_the_steps_that_compared_anything(tmp_path) -> None:
+    """The metrics count the step at a learning rate of 0 that the schedule began with."""
+    lines = routing_lines(4, ["m"])
+    lines[1]["scores"] = [[0.0, 0.0]]  # dense won this tie alone
+    run = write_run(tmp_path / "run", routing=lines)
+    metrics = json.loads((run / "metrics.json").read_text()) | {"expert_share": {"dense": 0.25, "lora_r4": 0.75}}
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    assert main(["report", str(run)]) == 0
+    data = data_of(run / "report.html")
+    assert data["rows"][0]["dense"] == 0
+    assert data["runs"][0]["sentences"][0].startswith("3 decisions: 1 modules at 3 steps. dense won 0.0")
+
+
+def test_the_folder_of_another_trainer_is_read(tmp_path, capsys) -> None:
+    """What ``RoutingCallback`` and transformers write there: no configuration, no metrics."""
+    run = write_run(tmp_path / "mine", routing=routing_lines(20), finished=False)
+    (run / "run.json").unlink()
+    assert main(["report", str(run), "--png", str(tmp_path / "png")]) == 0
+    printed = capsys.readouterr()
+    assert (printed.err, "mine-won.png" in printed.out) == ("", True)
+    data = data_of(run / "report.html")
+    assert data["rows"][0] | {"run": "mine", "method": "-", "dense": 100 * 36 / 120} == data["rows"][0]
+    assert (data["notes"], data["subtitle"]) == ([], "")
+    assert len(data["runs"][0]["curve"]["loss"]) == 20
+    assert "has no run.json with ranks and scales" in fails(capsys, "report", run, "--advise")
+
+
 def test_text_of_runs_is_escaped(tmp_path) -> None:
     run = write_run(tmp_path / "<img src=x onerror=alert(1)>", name="</script><b>{{plotly}}")
     assert main(["report", str(run)]) == 0
@@ -139,7 +166,9 @@ def test_what_is_refused(tmp_path, capsys) -> None:
     run = write_run(tmp_path / "all" / "run", routing=routing_lines(3))
     assert "expected" in fails(capsys, "report") or "required" in fails(capsys, "report")
     assert "missing is no folder" in fails(capsys, "report", tmp_path / "missing")
-    assert f"has no run.json; the runs in it are {run}" in fails(capsys, "report", tmp_path / "all")
+    assert f"has no run.json and no routing.jsonl; the runs in it are {run}" in fails(
+        capsys, "report", tmp_path / "all"
+    )
     assert "is given twice" in fails(capsys, "report", run, run)
     assert "is a folder: name a file" in fails(capsys, "report", run, "--output", tmp_path)
     assert "run.json is a file: name a folder" in fails(capsys, "report", run, "--png", run / "run.json")

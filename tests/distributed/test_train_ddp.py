@@ -16,6 +16,7 @@ from train_programs import (
     halve,
     losses,
     options,
+    refused,
     train_to_end,
     train_with_a_broken_rank,
     winners,
@@ -95,3 +96,9 @@ def test_an_error_of_one_is_an_error_of_all(tmp_path: Path) -> None:
     for broken in (0, 1):
         first, second = run(tmp_path, 2, agree, broken)
         assert first == second == {"none": None, "error": f"of rank {broken}", "first": "by 0"}
+
+
+def test_a_damaged_checkpoint_is_refused_by_all(tmp_path: Path) -> None:
+    """None waits for one that has ended."""
+    for said in run(tmp_path, 2, refused, str(tmp_path)):
+        assert said.startswith(f"resume_from_checkpoint={tmp_path}: not a checkpoint folder")

@@ -25,6 +25,7 @@ import molf.cli.train
 from molf import MoLFConfig, NonFiniteError, read_routing
 from molf.assets import BUNDLED_MODEL
 from molf.optim.sharding import local
+from molf.train import checkpoints as whole_checkpoints
 from molf.train import nonfinite
 from molf.train.distributed import first_error, from_first
 from molf.train.run import train
@@ -132,6 +133,17 @@ def agree(broken: int) -> dict[str, Any]:
     rank = dist.get_rank()
     error = first_error(ValueError(f"of rank {rank}") if rank == broken else None)
     return {"none": first_error(None), "error": str(error), "first": from_first(lambda: f"by {rank}")}
+
+
+def refused(checkpoint: str) -> str:
+    """Why the Trainers' mixin does not load a checkpoint, which the first process alone looks at."""
+    if dist.get_rank() > 0:
+        del whole_checkpoints.check_checkpoint
+    try:
+        whole_checkpoints.WholeCheckpoints()._load_from_checkpoint(checkpoint)
+    except ValueError as error:
+        return str(error)
+    return "not refused"
 
 
 def example(name: str, *arguments: Any, **options: Any) -> None:

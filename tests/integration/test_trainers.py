@@ -220,6 +220,21 @@ class Mixed(MoLFTrainerMixin, Trainer):
     """A trainer by the mixin alone."""
 
 
+@pytest.mark.parametrize(
+    ("options", "limit", "warning"),
+    [
+        ({"max_grad_norm": 1.0}, 0.5, "max_grad_norm=0.5 of the trainer clips once more: set it to 0"),
+        ({"step_in_backward": True}, 0.5, "max_grad_norm=0.5 of the trainer has no effect with step_in_backward"),
+        ({"max_grad_norm": 1.0}, 0.0, None),
+        ({}, 0.5, None),
+    ],
+)
+def test_two_clippings_are_told(tmp_path, options: dict[str, Any], limit: float, warning: str | None) -> None:
+    config = MoLFConfig(expert_ranks=(4,), **options)
+    with pytest.warns(match=warning) if warning else nullcontext():
+        Mixed(load(), arguments(TrainingArguments, tmp_path, max_grad_norm=limit), molf_config=config)
+
+
 def test_the_mixin_is_the_factory(tmp_path) -> None:
     data = [{"input_ids": tokenizer()(text).input_ids} for text in TEXTS]
     results = []

@@ -57,6 +57,20 @@ def test_a_plain_trainer_resumes_from_a_whole_checkpoint(tmp_path) -> None:
     assert [path.name for path in out.glob("*checkpoint*")] == ["checkpoint-4"]
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt"])
+def test_a_changed_byte_is_refused_before_any_weight_is_loaded(tmp_path, monkeypatch, name: str) -> None:
+    """In the middle of a tensor, where only the manifest shows it."""
+    trainer(tmp_path, max_steps=1).train()
+    path = tmp_path / "checkpoint-1" / name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    monkeypatch.setattr(Trainer, "_load_from_checkpoint", lambda *_: pytest.fail("weights were loaded"))
+    for wanted in (True, str(path.parent)):
+        with pytest.raises(ValueError, match=rf"{path} is not the file that was saved"):
+            trainer(tmp_path).train(resume_from_checkpoint=wanted)
+
+
 def test_the_best_checkpoint_is_kept_and_found(tmp_path) -> None:
     best = {"metric_for_best_model": "eval_loss", "greater_is_better": True, "load_best_model_at_end": True}
     run = trainer(tmp_path, eval_strategy="steps", eval_steps=1, learning_rate=1e-3, **best)

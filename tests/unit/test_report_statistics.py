@@ -40,6 +40,22 @@ def test_shares_margins_and_specialisation_by_hand(tmp_path) -> None:
     assert specialised(log.best, log.steps).tolist() == [3, 3]
 
 
+def test_steps_that_compared_nothing_are_left_out(tmp_path) -> None:
+    """At a learning rate of 0, where most schedules begin, all scores are 0 and dense wins every tie."""
+    lines = routing_lines(4, ["a", "b"])
+    for record in lines[2:]:
+        record |= {"scores": [[1.0, 2.0]] * 2, "winners": [[1], [1]]}
+    lines[1] |= {"scores": [[0.0, 0.0], None], "winners": [[0], None]}
+    log = log_of(tmp_path, lines)
+    assert log.steps.tolist() == [2, 3, 4]
+    assert specialised(log.best, log.steps).tolist() == [2, 2]
+    assert switch_rate(log.best) == 0
+    assert routing_content(log)["whole"] == [[0.0, 0.0], [1.0, 1.0]]
+    del lines[3]["winners"]
+    with pytest.raises(ValueError, match="line 4, is damaged"):
+        log_of(tmp_path, lines)
+
+
 def test_top_k_counts_every_winner(tmp_path) -> None:
     lines = routing_lines(4, ["m"], ["dense", "lora_r2", "lora_r8"])
     for line in lines[1:]:

@@ -38,6 +38,8 @@ def test_metrics_by_hand() -> None:
         "molf/switch_rate": 1 / 2,
     }
     assert metrics.take() == {}
+    metrics.add(record(None, ([0.0, 0.0], [0]), ([0.0, 0.0], [0])))  # compared nothing
+    assert metrics.take() == {}
     metrics.add(record(None, None, ([1.0, 0.5], [1])))
     assert metrics.take()["molf/switch_rate"] == 1.0  # since the entry before
 

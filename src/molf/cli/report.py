@@ -13,7 +13,7 @@ from ..report.page import page
 from ..report.runs import common_folder, read_runs
 from .parser import Parser
 
-DESCRIPTION = """One self-contained HTML page of one or several runs of molf train: loss and score, who won where and
+DESCRIPTION = """One self-contained HTML page of one or several runs: loss and score, who won where and
 when, memory, time and configuration.
 
     molf report runs/demo/fft runs/demo/molf
@@ -53,7 +53,9 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output_dir of a molf train")
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="output_dir of a molf train, or a folder with a routing.jsonl"
+    )
     parser.add_argument("--output", type=Path, help="the HTML file; default is report.html in the folder of the run(s)")
     parser.add_argument("--png", type=Path, metavar="DIR", help="also write the figures there, for a paper")
     parser.add_argument(

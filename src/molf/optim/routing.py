@@ -247,6 +247,15 @@ def read_routing(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[dic
         raise ValueError(f"{path} is no routing log: {error}") from error
 
 
+def unscored(record: dict[str, Any]) -> bool:
+    """Whether all scores of a step are 0, as at a learning rate of 0: nothing was compared, and the first expert won.
+
+    Statistics of the routing leave such a step out, which the warm-up of most schedules begins with.
+    """
+    rows = [row for row in record["scores"] if row is not None]
+    return bool(rows) and not any(map(any, rows))
+
+
 def expert_share(records: list[dict[str, Any]], expert: int) -> float:
     """Share of (step, module) decisions in which the expert of this index was among the winners; nan if none."""
     winners = [row for record in records for row in record["winners"] if row is not None]

@@ -51,6 +51,8 @@ def advise(run: Run) -> str:
         raise ValueError(f"{run.folder} has no routing: only a run of a method that routes can be advised from")
     if len(log.experts) < 2:
         raise ValueError(f"{run.folder} had the one expert {log.experts[0]}: nothing was chosen")
+    if not run.config["molf"]:
+        raise ValueError(f"{run.folder} has no run.json with ranks and scales: only a molf train can be advised from")
     known = {field.name for field in fields(MoLFConfig)}
     config = MoLFConfig(**{key: value for key, value in run.config["molf"].items() if key in known})
     if config.experts != log.experts:

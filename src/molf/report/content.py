@@ -67,6 +67,8 @@ def headline(run: Run) -> dict[str, Any]:
     method, molf, metrics = run.config["method"], run.config["molf"], run.metrics
     has_lora, has_dense = bool(molf.get("expert_ranks")), bool(molf.get("train_base"))
     share = metrics.get("expert_share", {}).get("dense")
+    if run.routing is not None and "dense" in run.routing.experts:  # first, and without the steps that are left out
+        share = run.routing.won[:, :, 0].sum() / max(1, run.routing.took_part.sum())
     return {
         "run": run.name,
         "method": str(method.get("method")),
@@ -79,7 +81,7 @@ def headline(run: Run) -> dict[str, Any]:
         "seconds": _seconds(run),
         "speed": _speed(run),
         "memory": _number(metrics.get("peak_memory_mib")),
-        "dense": None if share is None else 100 * share,
+        "dense": None if share is None else 100 * float(share),
     }
 
 

@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from ..optim.routing import stream_routing
+from ..optim.routing import stream_routing, unscored
+
+_OTHER_TRAINER: dict[str, Any] = {"method": {"method": "-", "model_name_or_path": ""}, "molf": {}, "training": {}}
 
 
 @dataclass(frozen=True)
 class RoutingLog:
-    """A routing log: T steps, M modules, E experts.
+    """A routing log: T steps, M modules, E experts. Steps whose scores are all 0 are left out.
 
     Attributes:
         modules: Module names.
@@ -49,7 +51,7 @@ class Run:
     Attributes:
         name: What the report calls it: its folder, as far as the runs' folders differ.
         folder: The directory.
-        config: ``run.json``: "method", "molf", "training", "versions".
+        config: ``run.json``: "method", "molf", "training", "versions"; all but empty for another trainer's folder.
         metrics: ``metrics.json``; empty if the run has not ended.
         history: What the Trainer logged, from ``trainer_state.json``, or of the newest checkpoint.
         routing: The routing log, or None for a method that does not route.
@@ -64,8 +66,8 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether it has its metrics."""
-        return bool(self.metrics)
+        """Whether it has its metrics, which other trainers do not write."""
+        return bool(self.metrics) or self.config is _OTHER_TRAINER
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
@@ -90,18 +92,19 @@ def common_folder(paths: Sequence[Path]) -> Path:
 
 def _read_run(folder: Path, name: str) -> Run:
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder: name the output_dir of a molf train")
-    if not (folder / "run.json").is_file():
+        raise ValueError(f"{folder} is no folder: name the output_dir of a run")
+    log, own = folder / "routing.jsonl", (folder / "run.json").is_file()
+    if not own and not log.is_file():
         inside = sorted(str(path.parent) for path in folder.glob("*/run.json"))
         hint = f"; the runs in it are {' '.join(inside)}" if inside else ""
-        raise ValueError(f"{folder} is no run of molf train, because it has no run.json{hint}")
-    config = _read_json(folder / "run.json")
+        raise ValueError(f"{folder} is no run, because it has no run.json and no routing.jsonl{hint}")
+    config: dict[str, Any] = _read_json(folder / "run.json") if own else _OTHER_TRAINER
     for part in ("method", "molf", "training"):
         if not isinstance(config.get(part), dict):
             raise ValueError(f"{folder / 'run.json'} has no {part!r}: it was not written by molf train")
     metrics = _read_json(folder / "metrics.json") if (folder / "metrics.json").is_file() else {}
-    routing = read_routing_log(folder / "routing.jsonl") if (folder / "routing.jsonl").is_file() else None
-    if routing is not None and not len(routing.steps):  # killed before its first step
+    routing = read_routing_log(log) if log.is_file() else None
+    if routing is not None and not len(routing.steps):  # killed before its first step that compared anything
         routing = None
     return Run(name, folder, config, metrics, _history(folder), routing)
 
@@ -145,9 +148,12 @@ def read_routing_log(path: Path) -> RoutingLog:
     won = np.zeros(shape, dtype=bool)
     best = np.full(shape[:2], -1, dtype=np.int16)
     steps = np.zeros(count, dtype=np.int64)
-    row = 0
+    row = left_out = 0
     try:
         for record in records:
+            if unscored(record):
+                left_out += 1
+                continue
             steps[row] = record["step"]
             took_part = np.array([winners is not None for winners in record["winners"]], dtype=bool)
             if took_part.any():
@@ -158,5 +164,5 @@ def read_routing_log(path: Path) -> RoutingLog:
                     won[row, took_part.nonzero()[0], place] = True
             row += 1
     except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise ValueError(f"{path}, line {row + 2}, is damaged: {error}") from error
-    return RoutingLog(modules, experts, steps, scores, best, won)
+        raise ValueError(f"{path}, line {row + left_out + 2}, is damaged: {error}") from error
+    return RoutingLog(modules, experts, *(x[:row] for x in (steps, scores, best, won)))

@@ -14,10 +14,10 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import TrainerState
 
-from .distributed import from_all, is_sharded, lost_process
+from .distributed import from_all, from_first, is_sharded, lost_process
 from .files import sha256, sync, write_json
 from .sharded import load_optimizer, load_weights, save_optimizer
-from .verify import MANIFEST, SHARDED, UNFINISHED, check_fits, checkpoints
+from .verify import MANIFEST, SHARDED, UNFINISHED, check_checkpoint, check_fits, checkpoints
 
 
 class WholeCheckpoints:
@@ -28,15 +28,20 @@ class WholeCheckpoints:
     system; only then are older checkpoints removed. So whatever ends the process, and whenever, the Trainer's own
     ``resume_from_checkpoint=True`` finds a checkpoint that is whole, ``save_total_limit=1`` included.
 
-    On a resume, a checkpoint of another model or of other experts is refused before any weight is loaded.
+    On a resume, a checkpoint that is damaged, of another model or of other experts is refused before any weight is
+    loaded.
 
     With several processes each looks at its share of the files, and the first publishes and removes: ``output_dir`` has
     to be one folder for all of them. Of a model that FSDP2 shards, weights are whole and the optimizer's state sharded.
+
+    Attributes:
+        verified: A checkpoint that was compared with its manifest already, and is not read once more for that.
 
     Example:
         class MyTrainer(WholeCheckpoints, Trainer): ...
     """
 
+    verified: str | None = None
     _staging = False
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -74,6 +79,8 @@ class WholeCheckpoints:
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         this: Any = self
+        if resume_from_checkpoint != self.verified and (error := from_first(lambda: damage(resume_from_checkpoint))):
+            raise error
         check_fits(Path(resume_from_checkpoint), this.model, this.optimizer_cls_and_kwargs)
         if is_sharded(this.model) and not isinstance(this.model, PeftModel):
             load_weights(this.model, Path(resume_from_checkpoint))
@@ -115,6 +122,15 @@ class WholeCheckpoints:
         best = this.state.best_model_checkpoint
         if this.args.load_best_model_at_end and best is not None and Path(best).is_dir():
             this._load_best_model()
+
+
+def damage(checkpoint: str) -> ValueError | None:
+    """What ``check_checkpoint`` has against a checkpoint, for all processes to raise."""
+    try:
+        check_checkpoint(Path(checkpoint))
+    except ValueError as error:
+        return error
+    return None
 
 
 def look_at_files(folder: Path, process: int, processes: int) -> dict[str, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from torch import nn
@@ -42,6 +43,9 @@ class MoLFTrainerMixin:
             raise ValueError(
                 f"optimizers={self.optimizer.__class__.__name__}: the optimizer is made from molf_config; leave it out"
             )
+        if self.args.max_grad_norm and (molf_config.max_grad_norm or molf_config.step_in_backward):
+            effect = "has no effect with step_in_backward" if molf_config.step_in_backward else "clips once more"
+            warnings.warn(f"max_grad_norm={self.args.max_grad_norm} of the trainer {effect}: set it to 0", stacklevel=2)
         # what the Trainer makes it from, and what a resume compares a checkpoint with
         self.optimizer_cls_and_kwargs = (MoLFOptimizerFactory, {"config": molf_config})
 

@@ -101,6 +101,7 @@ def train(method: MethodArguments, args: TrainArguments, callbacks: Sequence[Tra
     )
     if task is not None:
         trainer.score = partial(task.evaluate, tokenizer=tokenizer, records=evaluated)
+    trainer.verified = checkpoint
     speed = SpeedCallback(memory.mib)
     before_loggers(trainer, speed, *([routing] if spec.routes else []))
     try:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..optim import MoLFAdamW
 from ..optim.layout import Slot
 from ..optim.names import places
+from ..optim.routing import unscored
 
 SAMPLE = 4096
 """Elements per weight that ``LostUpdates`` looks at."""
@@ -26,7 +27,7 @@ class RoutingMetrics:
     ``molf/dense_share`` is the share of decisions that the dense expert won; ``molf/share/<projection>`` that of the
     first expert (dense, or in MoLF-Efficient the first LoRA expert) among the modules of one projection;
     ``molf/margin`` the mean of 1 - S₂ / S₁, best score and next; ``molf/switch_rate`` the share of decisions whose best
-    expert is another one than at the module's decision before.
+    expert is another one than at the module's decision before. A step whose scores are all 0 is not counted.
 
     Args:
         modules: Names of the routed modules.
@@ -49,7 +50,8 @@ class RoutingMetrics:
 
     def add(self, record: dict[str, Any]) -> None:
         """Take note of one step, as ``RoutingRecorder.latest`` has it."""
-        self._waiting.append(record)
+        if not unscored(record):
+            self._waiting.append(record)
         if len(self._waiting) == TOGETHER:
             self._count()
 
