@@ -40,6 +40,22 @@ def test_all_linear_is_by_type_not_by_name() -> None:
     assert create_molf_optimizer(Nested(), TWO).routed_modules == ["dense"]
 
 
+class Headless(nn.Linear):
+    def get_output_embeddings(self):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_head_of_a_model_inside_is_not_routed(tied: bool) -> None:
+    """As Lightning and DataParallel wrap it; some parts of transformers' models raise when they are asked."""
+    wrapper = nn.DataParallel(causal_lm("llama", tie_word_embeddings=tied))
+    wrapper.vision = Headless(4, 4)
+    names = create_molf_optimizer(wrapper, TWO).routed_modules
+    assert len(names) == 15
+    assert "module.lm_head" not in names
+    assert "vision" in names
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

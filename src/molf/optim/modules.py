@@ -104,7 +104,7 @@ def _matching(model: nn.Module, config: MoLFConfig) -> list[tuple[str, nn.Module
         target_modules=".*" if every else _listed(config.target_modules),
         exclude_modules=_listed(exclude),
     )
-    heads = _output_heads(model) if every else []
+    heads = _output_heads(model) if every else set()
     candidates = [
         (name, module)
         for name, module in model.named_modules()
@@ -122,14 +122,19 @@ def _listed(patterns: str | Sequence[str] | None) -> str | list[str] | None:
     return patterns if patterns is None or isinstance(patterns, str) else list(patterns)
 
 
-def _output_heads(model: nn.Module) -> list[nn.Module]:
-    """The output head: a language model's, or else a classifier by its usual name."""
-    getter = getattr(model, "get_output_embeddings", None)
-    if getter is None:
-        return []
-    head = getter()
-    named = [getattr(model, name) for name in _CLASSIFIER_HEADS if hasattr(model, name)]
-    return [head] if head is not None else [m for child in named for m in child.modules()]
+def _output_heads(model: nn.Module) -> set[nn.Module]:
+    """The output heads, also of a model inside: a language model's, or else a classifier by its usual name."""
+    found: list[Any] = []
+    for part in model.modules():
+        getter = getattr(part, "get_output_embeddings", None)
+        if getter is None:
+            continue
+        try:
+            head = getter()
+        except (AttributeError, NotImplementedError):  # so do some models of transformers that have none
+            head = None
+        found += [head] if head is not None else [getattr(part, name, None) for name in _CLASSIFIER_HEADS]
+    return {module for head in found if isinstance(head, nn.Module) for module in head.modules()}
 
 
 def _plain_target(name: str, module: Any) -> Target:
