@@ -59,6 +59,14 @@ def test_target_modules_mean_what_they_mean_in_peft(targets, exclude, expected: 
     assert create_molf_optimizer(peft_model, config).routed_modules == [f"base_model.model.{name}" for name in names]
 
 
+def test_a_compiled_model_has_the_names_of_the_plain_one() -> None:
+    config = MoLFConfig(expert_ranks=(2,), target_modules=r"model\.layers\.\d+\.mlp\.up_proj")
+    model = causal_lm("llama")
+    plain, compiled = create_molf_optimizer(model, config), create_molf_optimizer(torch.compile(model), config)
+    assert compiled.routed_modules == plain.routed_modules == [f"model.layers.{i}.mlp.up_proj" for i in (0, 1)]
+    assert [g["param_names"] for g in compiled.param_groups] == [g["param_names"] for g in plain.param_groups]
+
+
 def test_plain_modules_and_classifiers() -> None:
     plain = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2, bias=False))
     optimizer = create_molf_optimizer(plain, MoLFConfig(expert_ranks=(2,)))

@@ -68,9 +68,16 @@ def create_molf_optimizer(model: nn.Module, config: MoLFConfig | None = None, **
     return MoLFAdamW(kept, config, [_routed(config, target, slots, index) for target, slots in modules])
 
 
-def _unwrapped(model: nn.Module) -> tuple[nn.Module, bool]:
-    """The model inside a DistributedDataParallel, and whether there was one."""
-    return (model.module, True) if isinstance(model, nn.parallel.DistributedDataParallel) else (model, False)
+def _unwrapped(model: Any) -> tuple[nn.Module, bool]:
+    """The model inside torch.compile and DistributedDataParallel, and whether the latter was there."""
+    wrapped = False
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model, wrapped = model.module, True
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        else:
+            return model, wrapped
 
 
 def _expert_groups(config: MoLFConfig) -> dict[str, dict[str, Any]]:
