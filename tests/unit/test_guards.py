@@ -73,6 +73,17 @@ def test_weights_that_cannot_be_trained_are_refused_by_name(change, message: str
         create_molf_optimizer(model, TWO)
 
 
+def test_complex_parameters_are_refused_by_name() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    model.spectrum = nn.Parameter(torch.zeros(4, dtype=torch.complex64))
+    with pytest.raises(ValueError, match=r"^spectrum is torch\.complex64, and complex .*requires_grad_\(False\)"):
+        create_molf_optimizer(model, TWO)
+    model.spectrum.requires_grad_(False)
+    assert create_molf_optimizer(model, TWO).routed_modules == ["0"]
+    with pytest.raises(ValueError, match=r"^0\.weight is torch\.complex64, and complex"):
+        create_molf_optimizer(nn.Sequential(nn.Linear(4, 4, dtype=torch.complex64)), TWO)
+
+
 def test_unsupported_options_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match="amsgrad=True: MoLF has no such option"):
         create_molf_optimizer(causal_lm("llama"), TWO, amsgrad=True)

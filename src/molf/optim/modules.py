@@ -79,6 +79,7 @@ def find_routed(model: nn.Module, config: MoLFConfig) -> list[Target]:
         )
     _refuse_tied(model, targets, config)
     _refuse_sparse(model)
+    _refuse_complex(model)
     keep_differentiable(model)
     for target in targets:
         _check_weight(target, config)
@@ -244,6 +245,15 @@ def _refuse_sparse(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse and module.weight.requires_grad:
             raise ValueError(f"{name} gives sparse gradients, which have no moments: make it with sparse=False")
+
+
+def _refuse_complex(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.is_complex() and parameter.requires_grad:
+            raise ValueError(
+                f"{name} is {parameter.dtype}, and complex parameters are not trained: freeze it by "
+                "requires_grad_(False), or hold it as real numbers (torch.view_as_real)"
+            )
 
 
 def keep_differentiable(model: nn.Module) -> None:
