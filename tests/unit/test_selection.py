@@ -1,10 +1,12 @@
 """target_modules, exclude_modules, trainability and refusals."""
 
 import copy
+import re
+import warnings
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from models import ARCHITECTURES, causal_lm, lm_step
@@ -102,6 +104,34 @@ def test_what_is_not_routed() -> None:
     groups = {group["expert"]: group for group in optimizer.param_groups}
     assert groups["other"]["param_names"] == ["base_model.model.model.embed_tokens.weight"]
     assert not efficient.base_model.model.model.layers[0].mlp.up_proj.base_layer.weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("fields", "asked", "lost"),
+    [
+        ({}, None, 21),
+        ({"train_other": False}, None, 14),
+        ({"train_base": False, "train_other": True}, None, 7),
+        ({"train_base": False, "train_other": True}, ["lm_head", "embed_tokens"], 5),
+        ({"train_base": False}, None, 0),
+        ({"train_base": False}, ["lm_head"], 0),
+    ],
+)
+def test_what_peft_would_not_save_is_warned_of(tmp_path, fields, asked, lost: int) -> None:
+    """The number is that of the trained values which a saved adapter does not bring back."""
+    config = MoLFConfig(expert_ranks=(2, 4), lr=1e-2, lora_lr=1e-2, top_k=2, **fields)
+    model = get_peft_model(causal_lm("llama"), molf_lora_config(config, modules_to_save=asked))
+    message = rf"^base_model\S+ is trained and .*\({lost} such parameters\).*merge_and_unload\(\) before saving"
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        optimizer = create_molf_optimizer(model, config)
+    assert len(found) == bool(lost)
+    assert all(re.match(message, str(each.message)) for each in found)
+    lm_step(model, optimizer, 0)
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    loaded = PeftModel.from_pretrained(causal_lm("llama"), tmp_path).state_dict()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert sum(not torch.equal(loaded[name], p) for name, p in trained.items()) == lost
 
 
 def test_modules_to_save_train_in_molf_efficient() -> None:

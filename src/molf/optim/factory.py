@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from .config import MoLFConfig
 from .layout import RoutedModule, Slot
-from .modules import Target, apply_trainability, find_routed
+from .modules import Target, apply_trainability, find_routed, outside_adapter
 from .molf_adamw import MoLFAdamW
 from .sharding import check_sharding, refuse_flattened
 
@@ -21,7 +22,8 @@ def create_molf_optimizer(model: nn.Module, config: MoLFConfig | None = None, **
 
     An ordinary model gets virtual LoRA experts: it stays as it is, and what is trained, evaluated and
     saved is the same weight P = W + Σ s_i B_i A_i. A PEFT model made with ``molf_lora_config(config)``
-    has the experts in its adapter: MoLF-Efficient with ``train_base=False``, else the superposed MoLF.
+    has the experts in its adapter: MoLF-Efficient with ``train_base=False``, else the superposed MoLF, whose base PEFT
+    does not save: there is a warning wherever something outside the adapter is trained.
     ``requires_grad`` is set as the config says, so make the optimizer before the first backward pass: after
     ``fully_shard``, which replaces the parameters, and before or after ``DistributedDataParallel``. In a process group
     every process makes one.
@@ -63,6 +65,7 @@ def create_molf_optimizer(model: nn.Module, config: MoLFConfig | None = None, **
         _add(groups["other" if parameter.dim() >= 2 else "other_no_decay"], name, parameter)
     named = [pair for group in groups.values() for pair in zip(group["param_names"], group["params"], strict=True)]
     check_sharding(model, named, config)
+    _warn_of_unsaved(model)
     kept = [group for group in groups.values() if group["params"] or group["expert"] in config.experts]
     index = {group["expert"]: position for position, group in enumerate(kept)}
     return MoLFAdamW(kept, config, [_routed(config, target, slots, index) for target, slots in modules])
@@ -78,6 +81,17 @@ def _unwrapped(model: Any) -> tuple[nn.Module, bool]:
             model = model._orig_mod
         else:
             return model, wrapped
+
+
+def _warn_of_unsaved(model: nn.Module) -> None:
+    lost = outside_adapter(model)
+    if lost:
+        warnings.warn(
+            f"{lost[0]} is trained and is no part of the adapter ({len(lost)} such parameters): save_pretrained and "
+            "Trainer checkpoints of a PEFT model lose it; merge_and_unload() before saving, and to resume, keep the "
+            "base's weights yourself",
+            stacklevel=3,
+        )
 
 
 def _expert_groups(config: MoLFConfig) -> dict[str, dict[str, Any]]:

@@ -317,6 +317,14 @@ def apply_trainability(
     return others
 
 
+def outside_adapter(model: nn.Module) -> list[str]:
+    """Names of parameters that are trained and that PEFT, which saves its adapter alone, does not save."""
+    if not hasattr(model, "peft_config"):
+        return []
+    own = _adapter_parameters(model)
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad and name not in own]
+
+
 def _adapter_parameters(model: nn.Module) -> set[str]:
     """Names of parameters that PEFT added beside the base model's."""
     wrappers = [name for name, m in model.named_modules() if hasattr(m, "base_layer") or hasattr(m, "modules_to_save")]
