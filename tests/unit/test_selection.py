@@ -69,6 +69,15 @@ def test_a_compiled_model_has_the_names_of_the_plain_one() -> None:
     assert [g["param_names"] for g in compiled.param_groups] == [g["param_names"] for g in plain.param_groups]
 
 
+def test_of_a_peft_model_the_config_decides_what_trains_and_the_adapter_what_is_routed() -> None:
+    model = get_peft_model(causal_lm("llama"), LoraConfig(r=2, target_modules=["q_proj"]))
+    model.base_model.model.model.norm.weight.requires_grad_(False)
+    config = MoLFConfig(expert_ranks=(2,), target_modules=["v_proj"], exclude_modules=["q_proj"])
+    names = create_molf_optimizer(model, config).routed_modules
+    assert names == [f"base_model.model.model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
+    assert all(p.requires_grad for p in model.parameters())
+
+
 def test_plain_modules_and_classifiers() -> None:
     plain = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2, bias=False))
     optimizer = create_molf_optimizer(plain, MoLFConfig(expert_ranks=(2,)))
@@ -148,6 +157,10 @@ def test_frozen_layers_are_not_routed() -> None:
     names = create_molf_optimizer(model, MoLFConfig(expert_ranks=(2,))).routed_modules
     assert len(names) == 7
     assert not model.model.layers[0].mlp.up_proj.weight.requires_grad
+    efficient = MoLFConfig(expert_ranks=(2,), train_base=False, train_other=True)
+    model = causal_lm("llama").requires_grad_(False)
+    assert len(create_molf_optimizer(model, efficient).routed_modules) == 14, "virtual experts need no dense one"
+    assert sum(p.requires_grad for p in model.parameters()) == 14, "what is not routed stays frozen"
     with pytest.raises(ValueError, match="no layer of LlamaForCausalLM that is not frozen"):
         create_molf_optimizer(causal_lm("llama").requires_grad_(False), MoLFConfig(expert_ranks=(2,)))
 

@@ -28,6 +28,10 @@ def create_molf_optimizer(model: nn.Module, config: MoLFConfig | None = None, **
     ``fully_shard``, which replaces the parameters, and before or after ``DistributedDataParallel``. In a process group
     every process makes one.
 
+    On an ordinary model frozen parameters stay frozen, except that ``train_base=False`` routes frozen layers, too. On a
+    PEFT model, which PEFT has frozen, the config alone decides: a dense expert or ``train_other=True`` unfreezes
+    embeddings and norms. Its adapter says which layers are routed, not ``target_modules`` and ``exclude_modules``.
+
     Args:
         model: Any ``nn.Module``, or a PEFT model with one LoRA adapter.
         config: Experts and rates; None means ``MoLFConfig()``.

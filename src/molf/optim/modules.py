@@ -281,9 +281,10 @@ def apply_trainability(
 ) -> list[tuple[str, nn.Parameter]]:
     """Set ``requires_grad`` as the config says and return the trainable parameters that are not routed.
 
-    PEFT freezes every base parameter when it wraps a model, so on a PEFT model the config alone decides;
-    on an ordinary model what the user froze stays frozen. Whatever else PEFT was asked to train by name
-    (``modules_to_save``, LoRA on embeddings, single tokens) trains unless ``train_other=False``.
+    PEFT freezes every base parameter when it wraps a model, so on a PEFT model the config alone decides, of embeddings
+    and norms as well. On an ordinary model what the user froze stays frozen, except that ``train_base=False`` routes
+    frozen layers, too: virtual LoRA experts need their weights' gradients. Whatever else PEFT was asked to train by
+    name (``modules_to_save``, LoRA on embeddings, single tokens) trains unless ``train_other=False``.
     """
     routed: set[Tensor] = set()
     for target in targets:
