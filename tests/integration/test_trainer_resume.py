@@ -214,3 +214,20 @@ def test_an_adapter_of_another_name_continues(tmp_path: Path) -> None:
     again = named(2)
     again.train(resume_from_checkpoint=last_checkpoint(tmp_path))
     assert_identical(expected, outcome(again))
+
+
+def test_whole_checkpoints_refuse_what_peft_would_not_save(tmp_path: Path) -> None:
+    """Before the first step; without checkpoints the run is made."""
+
+    class Whole(WholeCheckpoints, Trainer):
+        pass
+
+    def superposed(**options: Any) -> Trainer:
+        plain, config = trainer("molf-e", tmp_path, 1), replace(CONFIGS["molf-e"], train_base=True)
+        made = (MoLFOptimizerFactory, {"config": config})
+        arguments = {"train_dataset": plain.train_dataset, "data_collator": plain.data_collator}
+        return Whole(plain.model, replace(plain.args, **options), optimizer_cls_and_kwargs=made, **arguments)
+
+    with pytest.raises(ValueError, match=r"^base_model\S+ is trained and .*save_strategy='no' and merge_and_unload"):
+        superposed().train()
+    superposed(save_strategy="no", max_steps=1).train()

@@ -41,6 +41,22 @@ def test_all_linear_is_by_type_not_by_name() -> None:
     assert create_molf_optimizer(Nested(), TWO).routed_modules == ["dense"]
 
 
+class Headless(nn.Linear):
+    def get_output_embeddings(self):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_head_of_a_model_inside_is_not_routed(tied: bool) -> None:
+    """As Lightning and DataParallel wrap it; some parts of transformers' models raise when they are asked."""
+    wrapper = nn.DataParallel(causal_lm("llama", tie_word_embeddings=tied))
+    wrapper.vision = Headless(4, 4)
+    names = create_molf_optimizer(wrapper, TWO).routed_modules
+    assert len(names) == 15
+    assert "module.lm_head" not in names
+    assert "vision" in names
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -56,6 +72,17 @@ def test_weights_that_cannot_be_trained_are_refused_by_name(change, message: str
     change(model)
     with pytest.raises(ValueError, match=message):
         create_molf_optimizer(model, TWO)
+
+
+def test_complex_parameters_are_refused_by_name() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    model.spectrum = nn.Parameter(torch.zeros(4, dtype=torch.complex64))
+    with pytest.raises(ValueError, match=r"^spectrum is torch\.complex64, and complex .*requires_grad_\(False\)"):
+        create_molf_optimizer(model, TWO)
+    model.spectrum.requires_grad_(False)
+    assert create_molf_optimizer(model, TWO).routed_modules == ["0"]
+    with pytest.raises(ValueError, match=r"^0\.weight is torch\.complex64, and complex"):
+        create_molf_optimizer(nn.Sequential(nn.Linear(4, 4, dtype=torch.complex64)), TWO)
 
 
 def test_unsupported_options_are_refused_by_name() -> None:

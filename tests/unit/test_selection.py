@@ -1,10 +1,12 @@
 """target_modules, exclude_modules, trainability and refusals."""
 
 import copy
+import re
+import warnings
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from models import ARCHITECTURES, causal_lm, lm_step
@@ -59,6 +61,23 @@ def test_target_modules_mean_what_they_mean_in_peft(targets, exclude, expected: 
     assert create_molf_optimizer(peft_model, config).routed_modules == [f"base_model.model.{name}" for name in names]
 
 
+def test_a_compiled_model_has_the_names_of_the_plain_one() -> None:
+    config = MoLFConfig(expert_ranks=(2,), target_modules=r"model\.layers\.\d+\.mlp\.up_proj")
+    model = causal_lm("llama")
+    plain, compiled = create_molf_optimizer(model, config), create_molf_optimizer(torch.compile(model), config)
+    assert compiled.routed_modules == plain.routed_modules == [f"model.layers.{i}.mlp.up_proj" for i in (0, 1)]
+    assert [g["param_names"] for g in compiled.param_groups] == [g["param_names"] for g in plain.param_groups]
+
+
+def test_of_a_peft_model_the_config_decides_what_trains_and_the_adapter_what_is_routed() -> None:
+    model = get_peft_model(causal_lm("llama"), LoraConfig(r=2, target_modules=["q_proj"]))
+    model.base_model.model.model.norm.weight.requires_grad_(False)
+    config = MoLFConfig(expert_ranks=(2,), target_modules=["v_proj"], exclude_modules=["q_proj"])
+    names = create_molf_optimizer(model, config).routed_modules
+    assert names == [f"base_model.model.model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
+    assert all(p.requires_grad for p in model.parameters())
+
+
 def test_plain_modules_and_classifiers() -> None:
     plain = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2, bias=False))
     optimizer = create_molf_optimizer(plain, MoLFConfig(expert_ranks=(2,)))
@@ -96,6 +115,34 @@ def test_what_is_not_routed() -> None:
     assert not efficient.base_model.model.model.layers[0].mlp.up_proj.base_layer.weight.requires_grad
 
 
+@pytest.mark.parametrize(
+    ("fields", "asked", "lost"),
+    [
+        ({}, None, 21),
+        ({"train_other": False}, None, 14),
+        ({"train_base": False, "train_other": True}, None, 7),
+        ({"train_base": False, "train_other": True}, ["lm_head", "embed_tokens"], 5),
+        ({"train_base": False}, None, 0),
+        ({"train_base": False}, ["lm_head"], 0),
+    ],
+)
+def test_what_peft_would_not_save_is_warned_of(tmp_path, fields, asked, lost: int) -> None:
+    """The number is that of the trained values which a saved adapter does not bring back."""
+    config = MoLFConfig(expert_ranks=(2, 4), lr=1e-2, lora_lr=1e-2, top_k=2, **fields)
+    model = get_peft_model(causal_lm("llama"), molf_lora_config(config, modules_to_save=asked))
+    message = rf"^base_model\S+ is trained and .*\({lost} such parameters\).*merge_and_unload\(\) before saving"
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        optimizer = create_molf_optimizer(model, config)
+    assert len(found) == bool(lost)
+    assert all(re.match(message, str(each.message)) for each in found)
+    lm_step(model, optimizer, 0)
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    loaded = PeftModel.from_pretrained(causal_lm("llama"), tmp_path).state_dict()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert sum(not torch.equal(loaded[name], p) for name, p in trained.items()) == lost
+
+
 def test_modules_to_save_train_in_molf_efficient() -> None:
     config = MoLFConfig(expert_ranks=(2, 4), train_base=False)
     model = get_peft_model(causal_lm("llama"), molf_lora_config(config, modules_to_save=["lm_head"]))
@@ -110,6 +157,10 @@ def test_frozen_layers_are_not_routed() -> None:
     names = create_molf_optimizer(model, MoLFConfig(expert_ranks=(2,))).routed_modules
     assert len(names) == 7
     assert not model.model.layers[0].mlp.up_proj.weight.requires_grad
+    efficient = MoLFConfig(expert_ranks=(2,), train_base=False, train_other=True)
+    model = causal_lm("llama").requires_grad_(False)
+    assert len(create_molf_optimizer(model, efficient).routed_modules) == 14, "virtual experts need no dense one"
+    assert sum(p.requires_grad for p in model.parameters()) == 14, "what is not routed stays frozen"
     with pytest.raises(ValueError, match="no layer of LlamaForCausalLM that is not frozen"):
         create_molf_optimizer(causal_lm("llama").requires_grad_(False), MoLFConfig(expert_ranks=(2,)))
 

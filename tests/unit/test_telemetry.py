@@ -115,6 +115,12 @@ def started(path: Path, optimizer: torch.optim.Optimizer) -> tuple[RoutingCallba
     return callback, args, state
 
 
+def test_another_optimizer_is_refused(tmp_path) -> None:
+    adamw = torch.optim.AdamW(causal_lm("llama").parameters())
+    with pytest.raises(ValueError, match=r"optimizer=AdamW routes nothing: .*MoLFOptimizerFactory"):
+        started(tmp_path / "routing.jsonl", adamw)
+
+
 @pytest.mark.parametrize("step_in_backward", [False, True])
 def test_lost_updates_are_found_wherever_the_step_is_made(tmp_path, step_in_backward: bool) -> None:
     model = causal_lm("llama", torch.bfloat16)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -186,7 +187,9 @@ def build(contender: Contender, settings: Settings) -> tuple[Any, Optimizer]:
         enable({"use_reentrant": False})  # the same by its newer and its older name
     model = _adapted(model, kind.adapter, config)
     if kind.optimizer == "molf":
-        return model, create_molf_optimizer(model, config)
+        with warnings.catch_warnings():  # nothing is saved
+            warnings.filterwarnings("ignore", ".* is trained and is no part of the adapter")
+            return model, create_molf_optimizer(model, config)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         return model, contender.optimizer_class()(trained, **kind.options)

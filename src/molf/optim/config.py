@@ -49,10 +49,13 @@ class MoLFConfig:
     )
     use_rslora: bool = _help("Scale by alpha / sqrt(r) instead of alpha / r.", True)
     target_modules: str | Sequence[str] = _help(
-        "Layers to route, with PEFT's meaning: 'all-linear' (without the output head), a regex, or name endings.",
+        "Layers to route, with PEFT's meaning: 'all-linear' (without the output head), a regex, or name endings. "
+        "A PEFT model's adapter decides instead.",
         "all-linear",
     )
-    exclude_modules: str | Sequence[str] | None = _help("Layers to leave out, with PEFT's meaning.", None)
+    exclude_modules: str | Sequence[str] | None = _help(
+        "Layers to leave out, with PEFT's meaning; not read of a PEFT model.", None
+    )
     train_base: bool = _help("Whether every target layer has a dense expert.", True)
     top_k: int = _help("How many experts of a layer are updated per step.", 1)
     score_fn: str = _help("Routing score: 'epd' or 'pfn'.", "epd")

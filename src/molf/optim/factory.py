@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from .config import MoLFConfig
 from .layout import RoutedModule, Slot
-from .modules import Target, apply_trainability, find_routed
+from .modules import Target, apply_trainability, find_routed, outside_adapter
 from .molf_adamw import MoLFAdamW
 from .sharding import check_sharding, refuse_flattened
 
@@ -21,10 +22,15 @@ def create_molf_optimizer(model: nn.Module, config: MoLFConfig | None = None, **
 
     An ordinary model gets virtual LoRA experts: it stays as it is, and what is trained, evaluated and
     saved is the same weight P = W + Σ s_i B_i A_i. A PEFT model made with ``molf_lora_config(config)``
-    has the experts in its adapter: MoLF-Efficient with ``train_base=False``, else the superposed MoLF.
+    has the experts in its adapter: MoLF-Efficient with ``train_base=False``, else the superposed MoLF, whose base PEFT
+    does not save: there is a warning wherever something outside the adapter is trained.
     ``requires_grad`` is set as the config says, so make the optimizer before the first backward pass: after
     ``fully_shard``, which replaces the parameters, and before or after ``DistributedDataParallel``. In a process group
     every process makes one.
+
+    On an ordinary model frozen parameters stay frozen, except that ``train_base=False`` routes frozen layers, too. On a
+    PEFT model, which PEFT has frozen, the config alone decides: a dense expert or ``train_other=True`` unfreezes
+    embeddings and norms. Its adapter says which layers are routed, not ``target_modules`` and ``exclude_modules``.
 
     Args:
         model: Any ``nn.Module``, or a PEFT model with one LoRA adapter.
@@ -63,14 +69,33 @@ def create_molf_optimizer(model: nn.Module, config: MoLFConfig | None = None, **
         _add(groups["other" if parameter.dim() >= 2 else "other_no_decay"], name, parameter)
     named = [pair for group in groups.values() for pair in zip(group["param_names"], group["params"], strict=True)]
     check_sharding(model, named, config)
+    _warn_of_unsaved(model)
     kept = [group for group in groups.values() if group["params"] or group["expert"] in config.experts]
     index = {group["expert"]: position for position, group in enumerate(kept)}
     return MoLFAdamW(kept, config, [_routed(config, target, slots, index) for target, slots in modules])
 
 
-def _unwrapped(model: nn.Module) -> tuple[nn.Module, bool]:
-    """The model inside a DistributedDataParallel, and whether there was one."""
-    return (model.module, True) if isinstance(model, nn.parallel.DistributedDataParallel) else (model, False)
+def _unwrapped(model: Any) -> tuple[nn.Module, bool]:
+    """The model inside torch.compile and DistributedDataParallel, and whether the latter was there."""
+    wrapped = False
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model, wrapped = model.module, True
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        else:
+            return model, wrapped
+
+
+def _warn_of_unsaved(model: nn.Module) -> None:
+    lost = outside_adapter(model)
+    if lost:
+        warnings.warn(
+            f"{lost[0]} is trained and is no part of the adapter ({len(lost)} such parameters): save_pretrained and "
+            "Trainer checkpoints of a PEFT model lose it; merge_and_unload() before saving, and to resume, keep the "
+            "base's weights yourself",
+            stacklevel=3,
+        )
 
 
 def _expert_groups(config: MoLFConfig) -> dict[str, dict[str, Any]]:

@@ -79,6 +79,7 @@ def find_routed(model: nn.Module, config: MoLFConfig) -> list[Target]:
         )
     _refuse_tied(model, targets, config)
     _refuse_sparse(model)
+    _refuse_complex(model)
     keep_differentiable(model)
     for target in targets:
         _check_weight(target, config)
@@ -104,7 +105,7 @@ def _matching(model: nn.Module, config: MoLFConfig) -> list[tuple[str, nn.Module
         target_modules=".*" if every else _listed(config.target_modules),
         exclude_modules=_listed(exclude),
     )
-    heads = _output_heads(model) if every else []
+    heads = _output_heads(model) if every else set()
     candidates = [
         (name, module)
         for name, module in model.named_modules()
@@ -122,14 +123,19 @@ def _listed(patterns: str | Sequence[str] | None) -> str | list[str] | None:
     return patterns if patterns is None or isinstance(patterns, str) else list(patterns)
 
 
-def _output_heads(model: nn.Module) -> list[nn.Module]:
-    """The output head: a language model's, or else a classifier by its usual name."""
-    getter = getattr(model, "get_output_embeddings", None)
-    if getter is None:
-        return []
-    head = getter()
-    named = [getattr(model, name) for name in _CLASSIFIER_HEADS if hasattr(model, name)]
-    return [head] if head is not None else [m for child in named for m in child.modules()]
+def _output_heads(model: nn.Module) -> set[nn.Module]:
+    """The output heads, also of a model inside: a language model's, or else a classifier by its usual name."""
+    found: list[Any] = []
+    for part in model.modules():
+        getter = getattr(part, "get_output_embeddings", None)
+        if getter is None:
+            continue
+        try:
+            head = getter()
+        except (AttributeError, NotImplementedError):  # so do some models of transformers that have none
+            head = None
+        found += [head] if head is not None else [getattr(part, name, None) for name in _CLASSIFIER_HEADS]
+    return {module for head in found if isinstance(head, nn.Module) for module in head.modules()}
 
 
 def _plain_target(name: str, module: Any) -> Target:
@@ -241,6 +247,15 @@ def _refuse_sparse(model: nn.Module) -> None:
             raise ValueError(f"{name} gives sparse gradients, which have no moments: make it with sparse=False")
 
 
+def _refuse_complex(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.is_complex() and parameter.requires_grad:
+            raise ValueError(
+                f"{name} is {parameter.dtype}, and complex parameters are not trained: freeze it by "
+                "requires_grad_(False), or hold it as real numbers (torch.view_as_real)"
+            )
+
+
 def keep_differentiable(model: nn.Module) -> None:
     """Keep bitsandbytes from packing 4-bit weights on a CPU, as it does at the first forward pass in eval mode.
 
@@ -266,9 +281,10 @@ def apply_trainability(
 ) -> list[tuple[str, nn.Parameter]]:
     """Set ``requires_grad`` as the config says and return the trainable parameters that are not routed.
 
-    PEFT freezes every base parameter when it wraps a model, so on a PEFT model the config alone decides;
-    on an ordinary model what the user froze stays frozen. Whatever else PEFT was asked to train by name
-    (``modules_to_save``, LoRA on embeddings, single tokens) trains unless ``train_other=False``.
+    PEFT freezes every base parameter when it wraps a model, so on a PEFT model the config alone decides, of embeddings
+    and norms as well. On an ordinary model what the user froze stays frozen, except that ``train_base=False`` routes
+    frozen layers, too: virtual LoRA experts need their weights' gradients. Whatever else PEFT was asked to train by
+    name (``modules_to_save``, LoRA on embeddings, single tokens) trains unless ``train_other=False``.
     """
     routed: set[Tensor] = set()
     for target in targets:
@@ -300,6 +316,14 @@ def apply_trainability(
         if parameter.requires_grad:
             others.append((name, parameter))
     return others
+
+
+def outside_adapter(model: nn.Module) -> list[str]:
+    """Names of parameters that are trained and that PEFT, which saves its adapter alone, does not save."""
+    if not hasattr(model, "peft_config"):
+        return []
+    own = _adapter_parameters(model)
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad and name not in own]
 
 
 def _adapter_parameters(model: nn.Module) -> set[str]:

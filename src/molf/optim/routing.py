@@ -106,11 +106,16 @@ class RoutingRecorder:
         latest: The latest record, or None before the first.
 
     Raises:
-        ValueError: If ``path`` exists and is no such log.
+        ValueError: If ``optimizer`` is another one, or ``path`` exists and is no such log.
     """
 
     def __init__(self, optimizer: Any, path: str | os.PathLike[str]) -> None:
         self.optimizer = getattr(optimizer, "optimizer", optimizer)
+        if not hasattr(self.optimizer, "routed_modules"):
+            raise ValueError(
+                f"optimizer={type(self.optimizer).__name__} routes nothing: record a MoLFAdamW, which a Trainer makes "
+                "with optimizer_cls_and_kwargs=(MoLFOptimizerFactory, {'config': config})"
+            )
         self.path = Path(path)
         self._header = {
             "schema": SCHEMA_VERSION,

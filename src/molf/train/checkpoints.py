@@ -14,6 +14,8 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import TrainerState
 
+from ..optim import MoLFAdamW
+from ..optim.modules import outside_adapter
 from .distributed import from_all, from_first, is_sharded, lost_process
 from .files import sha256, sync, write_json
 from .sharded import load_optimizer, load_weights, save_optimizer
@@ -47,6 +49,23 @@ class WholeCheckpoints:
     def _get_output_dir(self, trial: Any) -> str:
         run_dir: str = super()._get_output_dir(trial)  # type: ignore[misc]
         return os.path.join(run_dir, UNFINISHED) if self._staging else run_dir
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Make the optimizer, if the model's checkpoints hold what it trains; called by the Trainer.
+
+        Raises:
+            ValueError: If MoLF trains what PEFT does not save.
+        """
+        this: Any = self
+        optimizer = super().create_optimizer(model)  # type: ignore[misc]
+        lost = outside_adapter(this.model) if isinstance(optimizer, MoLFAdamW) else []
+        if lost and this.args.save_strategy != "no":
+            raise ValueError(
+                f"{lost[0]} is trained and is no part of the adapter ({len(lost)} such parameters), which is all that "
+                "checkpoints of a PEFT model hold: train the model without an adapter, or with save_strategy='no' and "
+                "merge_and_unload() before it is saved"
+            )
+        return optimizer
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         this: Any = self  # the Trainer that this class is mixed into
