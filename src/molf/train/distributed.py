@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -125,14 +125,17 @@ def from_all(value: T) -> list[T]:
     return found
 
 
-def check_alike(what: str, value: Any) -> None:
+def check_alike(what: str, rows: Iterable[Any]) -> None:
     """Refuse processes of which one has other data than the first: one would wait for steps that another does not make.
 
     Raises:
         ValueError: In every process, naming what differs.
     """
-    digests = from_all(hashlib.sha256(repr(value).encode()).hexdigest())
-    other = next((process for process, digest in enumerate(digests) if digest != digests[0]), None)
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(repr(row).encode())
+    digests = from_all(digest.hexdigest())
+    other = next((process for process, found in enumerate(digests) if found != digests[0]), None)
     if other is not None:
         raise ValueError(f"process {other} has other {what} than the first: give all the same options and files")
 
