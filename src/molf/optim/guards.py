@@ -15,7 +15,6 @@ from .adamw import moment_dtype
 from .passes import Passes
 from .scalars import join, stack
 from .sharding import local
-from .virtual import storage
 
 
 class NonFiniteError(ArithmeticError):
@@ -33,7 +32,7 @@ class ResumeError(RuntimeError):
 class WrittenTensors:
     """Notices when someone else writes into a tensor that the optimizer rewrites from its state.
 
-    A tensor's version counter and storage tell for nothing; only where one is another the content is compared. A write
+    A tensor's version counter and address tell for nothing; only where one is another the content is compared. A write
     through ``tensor.data`` is not counted by torch and goes unnoticed, but for the first step, which compares all.
     """
 
@@ -67,7 +66,7 @@ class WrittenTensors:
 
 
 def _versions(tensors: Iterable[Tensor]) -> list[tuple[int, int, int]]:
-    return [(id(tensor), local(tensor)._version, storage(tensor)) for tensor in tensors]
+    return [(id(tensor), (own := local(tensor))._version, own.data_ptr()) for tensor in tensors]
 
 
 def check_unchanged(name: str, parameter: Tensor, state: dict[str, Any], keep_base: bool) -> None:
