@@ -84,6 +84,7 @@ def test_a_word_for_compile_is_one_of_three() -> None:
         ["--bf16", "true"], ["--optim", "sgd"], ["--label_smoothing_factor", "0.1"], ["--dataloader_drop_last", "true"],
         ["--neftune_noise_alpha", "5"], ["--loss_type", "dft"], ["--completion_only_loss", "false"],
         ["--eos_token", "</s>"], ["--lr_scheduler_kwargs", '{"num_cycles": 2}'], ["--keep_base", "false"],
+        ["--train_sampling_strategy", "group_by_length"], ["--average_tokens_across_devices", "false"],
     ],
 )  # fmt: skip
 def test_a_run_with_other_data_or_arithmetic_is_not_continued(tmp_path: Path, words: list[str]) -> None:

@@ -42,9 +42,9 @@ def dies_before_the_result(argv: list[str]) -> dict[str, Any]:
     return command(argv)
 
 
-def data_missing_on_the_second(argv: list[str]) -> dict[str, Any]:
+def other_on_the_second(argv: list[str], option: str, value: str) -> dict[str, Any]:
     if dist.get_rank() == 1:
-        argv[argv.index("--dataset_path") + 1] = "/nonexistent.json"
+        argv[argv.index(option) + 1] = value
     return command(argv)
 
 
@@ -70,12 +70,6 @@ def in_a_folder_of_its_own(argv: list[str]) -> dict[str, Any]:
     return command(argv)
 
 
-def with_fewer_examples_on_the_second(argv: list[str]) -> dict[str, Any]:
-    if dist.get_rank() == 1:
-        argv[argv.index("--max_examples") + 1] = "11"
-    return command(argv)
-
-
 def a_loss_of_the_second(_: None) -> str:
     """What is raised: its NaN has reached the gradients of both."""
     error: NonFiniteError = NonFiniteGradientError("the gradient")
@@ -96,7 +90,8 @@ def test_folders_that_are_not_one_are_refused(tmp_path: Path, facts: Path, fsdp:
 
 def test_other_data_in_one_process_are_refused(tmp_path: Path, facts: Path) -> None:
     """Else it would end early, and the others wait for ever."""
-    for each in run(tmp_path, 2, with_fewer_examples_on_the_second, options("molf", facts, tmp_path / "run", 30)):
+    argv = options("molf", facts, tmp_path / "run", 30)
+    for each in run(tmp_path, 2, other_on_the_second, argv, "--max_examples", "11"):
         assert each["status"] == 2
         assert "process 1 has other training examples than the first" in each["err"].splitlines()[-1]
 
@@ -125,7 +120,8 @@ def test_a_run_that_ended_before_its_result_still_takes_the_best(tmp_path: Path,
 
 
 def test_a_lost_process_is_named_as_such_while_the_trainer_is_made(tmp_path: Path, facts: Path) -> None:
-    first, second = run(tmp_path, 2, data_missing_on_the_second, options("molf", facts, tmp_path / "run", 2))
+    argv = options("molf", facts, tmp_path / "run", 2)
+    first, second = run(tmp_path, 2, other_on_the_second, argv, "--dataset_path", "/nonexistent.json")
     assert "another process of this run has ended" in first["err"].splitlines()[-1]
     assert "/nonexistent.json" in second["err"].splitlines()[-1]
 

@@ -169,6 +169,21 @@ def test_other_tensors_are_left_to_torch(change) -> None:
     assert torch.equal(found[0], track_(*theirs, shared))
 
 
+def test_one_job_that_is_left_to_torch_leaves_the_others_compiled() -> None:
+    """Each result and each moment is that of its own job."""
+    shared = Tracking((0.9, 0.999), 1e-8, "epd")
+    ours, theirs = ([tuple(tensors((3, 5), seed)[:3]) for seed in range(3)] for _ in range(2))
+    ours[0], theirs[0] = (tuple(t.double() for t in jobs[0]) for jobs in (ours, theirs))
+    left = [t.clone() for t in ours[0]]
+    found = dict(native.Native().run(passes.track_all, ours, shared, by_row=True))
+    assert sorted(found) == [1, 2]
+    assert all(map(torch.equal, ours[0], left))
+    for i in (1, 2):
+        torch.testing.assert_close(found[i], track_(*theirs[i], shared), rtol=1e-5, atol=0)
+        close(ours[i][1], theirs[i][1])
+        close(ours[i][2], theirs[i][2])
+
+
 @pytest.mark.parametrize(
     ("compiler", "reason"),
     [

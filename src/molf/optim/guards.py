@@ -1,4 +1,4 @@
-"""The look at all gradients before a step changes anything: finite, and how long."""
+"""The look before a step changes anything: at all gradients, finite and how long, and at the tensors it writes to."""
 
 from __future__ import annotations
 

@@ -101,14 +101,14 @@ class WholeCheckpoints:
         if resume_from_checkpoint != self.verified and (error := from_first(lambda: damage(resume_from_checkpoint))):
             raise error
         check_fits(Path(resume_from_checkpoint), this.model, this.optimizer_cls_and_kwargs)
-        if is_sharded(this.model) and not isinstance(this.model, PeftModel):
+        if _loads_parts(this.model):
             load_weights(this.model, Path(resume_from_checkpoint))
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
 
     def _load_best_model(self) -> None:
         this: Any = self
-        if is_sharded(this.model) and not isinstance(this.model, PeftModel):
+        if _loads_parts(this.model):
             load_weights(this.model, Path(this.state.best_model_checkpoint))
         else:
             super()._load_best_model()  # type: ignore[misc]
@@ -141,6 +141,11 @@ class WholeCheckpoints:
         best = this.state.best_model_checkpoint
         if this.args.load_best_model_at_end and best is not None and Path(best).is_dir():
             this._load_best_model()
+
+
+def _loads_parts(model: Any) -> bool:
+    """Whether every process loads its part of whole weights; PEFT does that itself."""
+    return is_sharded(model) and not isinstance(model, PeftModel)
 
 
 def damage(checkpoint: str) -> ValueError | None:

@@ -131,6 +131,8 @@ def check_alike(what: str, rows: Iterable[Any]) -> None:
     Raises:
         ValueError: In every process, naming what differs.
     """
+    if processes() == 1:
+        return
     digest = hashlib.sha256()
     for row in rows:
         digest.update(repr(row).encode())

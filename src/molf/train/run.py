@@ -75,8 +75,7 @@ def train(method: MethodArguments, args: TrainArguments, callbacks: Sequence[Tra
         model = load_model(method.model_name_or_path, method.dtype, **_hub(method, args), **_quantized(method, args))
         resolved["model_commit"] = hub_commit(method.model_name_or_path, method.model_revision)
     dataset, cut = _fit(task, dataset, scored, model, tokenizer, method, args.max_length)
-    if args.world_size > 1:
-        check_alike("training examples", dataset)
+    check_alike("training examples", dataset)
     evaluated = evaluation_records(method, scored) if args.eval_strategy != "no" else []
     adapted = Adapted(model, method.method, config, resolved["model_commit"]) if spec.saves_adapter(config) else None
     if args.fsdp:
