@@ -17,6 +17,8 @@ constexpr int64_t PIECE = 4096;  // elements that one thread takes
 constexpr int64_t BLOCK = 64;    // elements of a vectorised loop
 constexpr int64_t LINE = 16;     // floats of a cache line
 constexpr int64_t AHEAD = 256;   // elements from the one in work to the one that is fetched
+constexpr int64_t HEIGHT = 2;    // rows and columns of P whose sums stay in registers
+constexpr int64_t WIDTH = 32;
 
 struct Job {
   const void* grad;       // fp32 or bf16; null if the moments stay
@@ -154,43 +156,58 @@ struct Product {
   int64_t bf16;  // whether P is
 };
 
-// One row of P = W + Σ s_r left_r right_r, every element's sum in the order of the ranks.
-template <class Target>
-void superpose(const Product& job, int64_t row, const float* scales, int64_t rank) {
-  Target* target = static_cast<Target*>(job.target) + row * job.columns;
-  const float* base = job.base + row * job.columns;
-  for (int64_t start = 0; start < job.columns; start += BLOCK) {
-    const int64_t count = std::min(BLOCK, job.columns - start);
-    float sums[BLOCK] = {};
-    for (int64_t r = 0; r < rank; ++r) {
-      const float factor = scales[r] * job.left[r * job.rows + row];
-      const float* right = job.right + r * job.columns + start;
-      if (count == BLOCK)
-        for (int64_t i = 0; i < BLOCK; ++i) sums[i] += factor * right[i];
-      else
-        for (int64_t i = 0; i < count; ++i) sums[i] += factor * right[i];
+// A tile of P = W + Σ s_r left_r right_r, every element's sum in the order of the ranks.
+template <class Target, int64_t height>
+inline void tile(const Product& job, int64_t row, int64_t column, int64_t width, const float* scales, int64_t rank) {
+  float sums[height][WIDTH] = {};
+  for (int64_t r = 0; r < rank; ++r) {
+    const float* left = job.left + r * job.rows + row;
+    const float* right = job.right + r * job.columns + column;
+    for (int64_t i = 0; i < height; ++i) {
+      const float factor = scales[r] * left[i];
+      for (int64_t k = 0; k < width; ++k) sums[i][k] += factor * right[k];
     }
-    for (int64_t i = start; i < start + count; ++i) {
-      const float value = base[i] + sums[i - start];
-      if constexpr (std::is_same_v<Target, float>) target[i] = value;
-      else target[i] = rounded(value);
+  }
+  for (int64_t i = 0; i < height; ++i) {
+    const int64_t start = (row + i) * job.columns + column;
+    Target* target = static_cast<Target*>(job.target) + start;
+    for (int64_t k = 0; k < width; ++k) {
+      const float value = job.base[start + k] + sums[i][k];
+      if constexpr (std::is_same_v<Target, float>) target[k] = value;
+      else target[k] = rounded(value);
     }
   }
 }
 
+template <class Target, int64_t height>
+void band(const Product& job, int64_t row, const float* scales, int64_t rank) {
+  int64_t column = 0;
+  for (; column + WIDTH <= job.columns; column += WIDTH) tile<Target, height>(job, row, column, WIDTH, scales, rank);
+  if (column < job.columns) tile<Target, height>(job, row, column, job.columns - column, scales, rank);
+}
+
+template <class Target>
+void superpose(const Product& job, int64_t row, const float* scales, int64_t rank) {
+  if (row + HEIGHT <= job.rows) return band<Target, HEIGHT>(job, row, scales, rank);
+  for (; row < job.rows; ++row) band<Target, 1>(job, row, scales, rank);
+}
+
+int64_t bands(const Product& job) { return (job.rows + HEIGHT - 1) / HEIGHT; }
+
 }  // namespace
 
 extern "C" void molf_superpose(const Product* jobs, int64_t count, int64_t threads, const float* scales, int64_t rank) {
-  std::vector<int64_t> first(count + 1, 0);  // the first row of each job
-  for (int64_t i = 0; i < count; ++i) first[i + 1] = first[i] + jobs[i].rows;
+  std::vector<int64_t> first(count + 1, 0);  // the first band of each job
+  for (int64_t i = 0; i < count; ++i) first[i + 1] = first[i] + bands(jobs[i]);
 #pragma omp parallel num_threads(threads)
   {
     int64_t i = 0;
 #pragma omp for schedule(static)
-    for (int64_t row = 0; row < first[count]; ++row) {
-      while (row >= first[i + 1]) ++i;
-      if (jobs[i].bf16) superpose<uint16_t>(jobs[i], row - first[i], scales, rank);
-      else superpose<float>(jobs[i], row - first[i], scales, rank);
+    for (int64_t p = 0; p < first[count]; ++p) {
+      while (p >= first[i + 1]) ++i;
+      const int64_t row = (p - first[i]) * HEIGHT;
+      if (jobs[i].bf16) superpose<uint16_t>(jobs[i], row, scales, rank);
+      else superpose<float>(jobs[i], row, scales, rank);
     }
   }
 }
