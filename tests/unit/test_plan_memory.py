@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from models import ARCHITECTURES, causal_lm
-from molf import MoLFConfig, create_molf_optimizer
-from molf.plan.memory import Workload, _simulate, plan_method
+from molf import MoLFConfig, create_molf_optimizer, molf_lora_config
+from molf.plan.memory import Workload, _of_step, _simulate, plan_method
 from molf.plan.text import TOO_FAST, warnings
 from molf.plan.tracker import PeakTracker
 
@@ -75,6 +76,27 @@ def test_the_simulated_step_is_the_real_one() -> None:
         real.zero_grad()
         simulated = plan_method("fft", MoLFConfig(expert_ranks=()), replace(work, checkpointing=checkpointing)).peak
         assert simulated == pytest.approx(_simulate(real, real, replace(work, checkpointing=checkpointing)), rel=0.05)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("train_base", [True, False])
+def test_a_step_needs_what_is_planned_for_it(train_base: bool, compile: bool) -> None:
+    """Gradients of experts, and small tensors that are gathered: never more, and most of it."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
+    model: Any = LlamaForCausalLM(LlamaConfig(vocab_size=512, **sizes))
+    config = MoLFConfig(expert_ranks=(16, 64), train_base=train_base, compile=compile)
+    if not train_base:
+        model = get_peft_model(model, molf_lora_config(config, task_type="CAUSAL_LM"))
+    optimizer = create_molf_optimizer(model, config)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for _ in range(3):
+        for parameter in trained:
+            parameter.grad = torch.randn_like(parameter)
+        with PeakTracker() as tracker:
+            optimizer.step()
+    planned, _ = _of_step(optimizer)
+    assert 0.7 * planned < tracker.peak <= planned
 
 
 def test_shards_and_copies() -> None:
