@@ -136,7 +136,8 @@ class MoLFUpdate(MoLFState):
         jobs: dict[tuple[Any, ...], list[Any]] = defaultdict(list)
         for other, grad in zip(others, grads, strict=True):
             *job, _ = self._job(other.part, None, range(len(other.names)), values, written)
-            jobs[(*self._key([other.group], other.count, job), other.group["betas"])].append((*job, grad))
+            key = (*self._key([other.group], other.count, job), other.group["betas"])
+            jobs[key].append((*job, grad))
         for key, listed in jobs.items():
             c = self._coefficients[key[:-1]]
             clip, _ = check.on(c.decay.device, c.decay.dtype)
