@@ -145,6 +145,28 @@ def test_transformers_and_one_cycle_schedulers_run() -> None:
         scheduler.step()
 
 
+@pytest.mark.parametrize(("train_base", "first"), [(True, 1e-2), (False, 1e-3)])
+def test_a_least_rate_is_reached(train_base: bool, first: float) -> None:
+    """transformers' schedulers divide it by the optimizer's default rate, not by those of its groups."""
+    from transformers import get_cosine_with_min_lr_schedule_with_warmup, get_polynomial_decay_schedule_with_warmup
+
+    config = MoLFConfig(expert_ranks=(2,), train_base=train_base, train_other=False, lr=1e-2, lora_lr=1e-3)
+    for make, least in (
+        (get_cosine_with_min_lr_schedule_with_warmup, {"min_lr": 1e-4}),
+        (get_polynomial_decay_schedule_with_warmup, {"lr_end": 1e-4}),
+    ):
+        model = causal_lm("llama")
+        optimizer = create_molf_optimizer(model, config)
+        assert optimizer.param_groups[0]["lr"] == first
+        scheduler = make(optimizer, num_warmup_steps=0, num_training_steps=2, **least)
+        for step in range(2):
+            lm_step(model, optimizer, step)
+            scheduler.step()
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-4)
+        optimizer.add_param_group({"params": nn.Parameter(torch.ones(3))})
+        assert optimizer.param_groups[-1]["lr"] == 1e-2
+
+
 def test_routing_mapping() -> None:
     model, optimizer = small()
     assert optimizer.routing == {}

@@ -44,7 +44,7 @@ class MoLFState(Optimizer):
         self._spread: dict[tuple[Any, ...], Tensor] = {}
         self._written = WrittenTensors()
         defaults = {
-            "lr": config.lr,
+            "lr": config.lr if config.train_base else config.lora_lr,  # schedulers relate a least rate to it
             "weight_decay": 0.0,
             "expert": "other",
             **{name: getattr(config, name) for name in _IN_EVERY_GROUP},
@@ -83,6 +83,7 @@ class MoLFState(Optimizer):
             known |= {*self.experts, "dense_bias", "base"}
         if param_group.setdefault("expert", "other") not in known:
             raise ValueError(f"expert={param_group['expert']!r}: choose one of {', '.join(sorted(known))}")
+        param_group.setdefault("lr", self.config.lr)
         params = param_group["params"] = _listed(param_group["params"])
         param_group.setdefault("param_names", [f"added.{len(self.param_groups)}.{i}" for i in range(len(params))])
         super().add_param_group(param_group)
