@@ -61,6 +61,8 @@ def test_the_head_of_a_model_inside_is_not_routed(tied: bool) -> None:
     ("change", "message"),
     [
         (lambda m: torch.nn.utils.parametrizations.weight_norm(m[0]), r"0\.weight is computed by a parametrization"),
+        (lambda m: torch.nn.utils.parametrize.register_parametrization(m[0], "bias", nn.Softplus()),
+         r"0\.bias is computed by a parametrization"),
         (lambda m: m.to("meta"), r"0\.weight has no values yet"),
         (lambda m: m.__setitem__(0, nn.LazyLinear(4)), r"0\.weight has no values yet"),
         (lambda m: m[0].__setattr__("weight", nn.Parameter(torch.zeros(4, 4).to(torch.float8_e4m3fn), False)),
@@ -72,6 +74,30 @@ def test_weights_that_cannot_be_trained_are_refused_by_name(change, message: str
     change(model)
     with pytest.raises(ValueError, match=message):
         create_molf_optimizer(model, TWO)
+
+
+def test_an_adapter_over_a_computed_weight_needs_a_frozen_base() -> None:
+    def adapted(config: MoLFConfig) -> nn.Module:
+        model = nn.Sequential()
+        model.one = torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+        return get_peft_model(model, molf_lora_config(config))
+
+    with pytest.raises(ValueError, match=r"one\.weight is computed by a parametrization"):
+        create_molf_optimizer(adapted(MoLFConfig(expert_ranks=(2, 4))), MoLFConfig(expert_ranks=(2, 4)))
+    model = adapted(EFFICIENT)
+    with torch.nn.utils.parametrize.cached():
+        model.base_model.model.one.base_layer.requires_grad_(True)(torch.ones(4))  # kept, and no leaf
+        optimizer = create_molf_optimizer(model, EFFICIENT)
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    assert model.base_model.model.one.lora_B.default.weight.any()
+    assert not any(parameter.requires_grad for name, parameter in model.named_parameters() if "lora" not in name)
+
+
+def test_an_adapter_without_values_is_refused_by_name() -> None:
+    model = get_peft_model(causal_lm("llama"), molf_lora_config(EFFICIENT), low_cpu_mem_usage=True)
+    with pytest.raises(ValueError, match=r"q_proj\.lora_A\.weight has no values yet"):
+        create_molf_optimizer(model, EFFICIENT)
 
 
 def test_complex_parameters_are_refused_by_name() -> None:

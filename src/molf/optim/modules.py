@@ -145,15 +145,24 @@ def _plain_target(name: str, module: Any) -> Target:
             f"target_modules selects {name}, a {type(module).__name__}: only linear layers can be routed; "
             "name linear layers, or leave it out with exclude_modules"
         )
-    if not isinstance(module.weight, nn.Parameter):
-        raise ValueError(
-            f"{name}.weight is computed by a parametrization, by weight_norm or by pruning, and is no parameter: "
-            "remove that, or leave the layer out with exclude_modules"
-        )
-    if isinstance(module.weight, nn.UninitializedParameter) or module.weight.is_meta:
-        raise ValueError(f"{name}.weight has no values yet: load or initialise the model before making the optimizer")
+    _check_held(name, module)
     bias = module.bias if module.bias is not None and module.bias.requires_grad else None
     return Target(name, module.weight, bias, transposed)
+
+
+def _check_held(name: str, linear: Any) -> None:
+    """Refuse a weight or bias that is no parameter, or has no values yet."""
+    for kind in ("weight", "bias"):
+        tensor = getattr(linear, kind, None)
+        if tensor is not None and not isinstance(tensor, nn.Parameter):
+            raise ValueError(
+                f"{name}.{kind} is computed by a parametrization, by weight_norm or by pruning, and is no parameter: "
+                "remove that, or leave the layer out with exclude_modules"
+            )
+        if isinstance(tensor, nn.UninitializedParameter) or (tensor is not None and tensor.is_meta):
+            raise ValueError(
+                f"{name}.{kind} has no values yet: load or initialise the model before making the optimizer"
+            )
 
 
 def _active_adapters(layer: Any) -> list[str]:
@@ -182,6 +191,10 @@ def _adapter_target(name: str, layer: Any, config: MoLFConfig) -> Target:
             f"lora_dropout={config.lora_dropout}, but the adapter of {name} has {dropout}: make it with "
             "molf_lora_config(config), and set disable_dropout=False where TRL's arguments have it"
         )
+    for factor in ("lora_A", "lora_B"):
+        _check_held(f"{name}.{factor}", getattr(layer, factor)[key])
+    if config.train_base:
+        _check_held(name, base)
     A, B = layer.lora_A[key].weight, layer.lora_B[key].weight
     total = sum(config.expert_ranks)
     if A.shape[0] != total:
@@ -295,7 +308,7 @@ def apply_trainability(
             (target.lora_A, True),
             (target.lora_B, True),
         ):
-            if parameter is not None:
+            if isinstance(parameter, nn.Parameter):  # a frozen base may compute its weight
                 routed.add(parameter)
                 if parameter.is_floating_point() and parameter.requires_grad != trains:
                     parameter.requires_grad_(trains)
