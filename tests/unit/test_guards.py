@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from models import causal_lm, lm_step
@@ -161,6 +161,31 @@ def test_an_idle_adapter_stays_as_it_is(train_base: bool) -> None:
             assert torch.equal(parameter, before[name])
         elif "lora_B" in name:
             assert torch.equal(parameter, before[name]) == (train_base and not parameter.any())
+
+
+@pytest.mark.parametrize("train_base", [False, True])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"modules_to_save": ["lm_head"]},
+        {"trainable_token_indices": [1, 2]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+    ],
+)
+def test_what_an_adapter_trains_by_name_trains_while_it_is_active(tmp_path, asked, train_base: bool) -> None:
+    """``PeftModel.from_pretrained`` freezes all of an adapter unless it is asked for ``is_trainable=True``."""
+    adapter = LoraConfig(**{"r": 6, "target_modules": ["q_proj"], **asked})
+    get_peft_model(causal_lm("llama"), adapter).save_pretrained(tmp_path, save_embedding_layers=False)
+    model = PeftModel.from_pretrained(causal_lm("llama"), tmp_path)
+    model.load_adapter(tmp_path, "ref")
+    config = MoLFConfig(expert_ranks=(2, 4), train_base=train_base, lr=1e-3, lora_lr=1e-3)
+    optimizer = create_molf_optimizer(model, config)
+    names = {name for group in optimizer.param_groups for name in group["param_names"]}
+    own = [name for name, _ in model.named_parameters() if ".default" in name and "q_proj" not in name]
+    assert own
+    assert names >= set(own)
+    assert not [name for name in names if ".ref" in name]
+    assert not [name for name, p in model.named_parameters() if ".ref" in name and p.requires_grad]
 
 
 def test_a_frozen_bias_stays_frozen() -> None:

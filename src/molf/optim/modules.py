@@ -323,7 +323,7 @@ def apply_trainability(
             continue
         asked = name in own and config.train_other is not False
         if not config.trains_other:
-            parameter.requires_grad_(asked and parameter.requires_grad)
+            parameter.requires_grad_(asked)
         elif adapted and ".original_module." not in name:
             parameter.requires_grad_(True)
         if parameter.requires_grad:
@@ -352,12 +352,17 @@ def _adapter_parameters(model: nn.Module) -> set[str]:
 
 
 def _idle_parameters(model: nn.Module) -> set[Tensor]:
-    """Parameters of LoRA adapters that are not active."""
-    layers: list[Any] = [module for module in model.modules() if _is_lora_layer(module)]
-    return {
-        getattr(layer, name)[key].weight
-        for layer in layers
-        for key in layer.lora_A
-        if key not in layer.active_adapters
-        for name in ("lora_A", "lora_B")
-    }
+    """Parameters of adapters that are not active, and of what they train by name."""
+    modules: list[Any] = list(model.modules())
+    found = [
+        (held[key], key in module.active_adapters)
+        for module in modules
+        for name in getattr(module, "adapter_layer_names", ())
+        for held in [getattr(module, name, {})]  # a name may be that of a module inside, which is looked at itself
+        for key in held
+    ]
+    return {each for own, active in found if not active for each in _tensors(own)}
+
+
+def _tensors(own: Any) -> list[Tensor]:
+    return [own] if isinstance(own, Tensor) else list(own.parameters())
