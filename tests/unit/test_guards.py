@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from models import causal_lm, lm_step
 from molf import (
@@ -98,6 +99,31 @@ def test_an_adapter_without_values_is_refused_by_name() -> None:
     model = get_peft_model(causal_lm("llama"), molf_lora_config(EFFICIENT), low_cpu_mem_usage=True)
     with pytest.raises(ValueError, match=r"q_proj\.lora_A\.weight has no values yet"):
         create_molf_optimizer(model, EFFICIENT)
+
+
+def test_after_a_merge_the_remedy_is_named_and_works() -> None:
+    model = get_peft_model(causal_lm("llama"), molf_lora_config(EFFICIENT)).merge_and_unload()
+    with pytest.raises(ValueError, match=r"that is not frozen: .* requires_grad_\(True\)"):
+        create_molf_optimizer(model, TWO)
+    assert len(create_molf_optimizer(model.requires_grad_(True), TWO).routed_modules) == 14
+
+
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys", "ignore:You have passed exclude_")
+@pytest.mark.parametrize("excluded", [None, ["gate", "experts"]])
+def test_adapters_of_3d_experts_are_refused_with_the_remedy(excluded) -> None:
+    """PEFT makes parameters of the experts targets, which its ``exclude_modules`` do not reach."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    settings = {"expert_ranks": (2, 4), "train_base": False, "exclude_modules": excluded}
+
+    def adapted(config: MoLFConfig) -> nn.Module:
+        model = MixtralForCausalLM(MixtralConfig(vocab_size=67, num_key_value_heads=2, num_local_experts=2, **sizes))
+        return get_peft_model(model, molf_lora_config(config))
+
+    config = MoLFConfig(**settings)
+    with pytest.raises(ValueError, match=r"only linear layers can be routed; .* name linear layers in target_modules"):
+        create_molf_optimizer(adapted(config), config)
+    named = MoLFConfig(**settings, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+    assert len(create_molf_optimizer(adapted(named), named).routed_modules) == 4
 
 
 def test_complex_parameters_are_refused_by_name() -> None:

@@ -75,7 +75,8 @@ def find_routed(model: nn.Module, config: MoLFConfig) -> list[Target]:
     if not targets:
         raise ValueError(
             f"target_modules={config.target_modules!r} with exclude_modules={config.exclude_modules!r} matches no "
-            f"layer of {type(model).__name__} that is not frozen: choose names from model.named_modules()"
+            f"layer of {type(model).__name__} that is not frozen: choose names from model.named_modules(), or unfreeze "
+            "them by requires_grad_(True), as after PEFT's merge_and_unload()"
         )
     _refuse_tied(model, targets, config)
     _refuse_sparse(model)
@@ -180,7 +181,10 @@ def _adapter_target(name: str, layer: Any, config: MoLFConfig) -> Target:
     key, base = active[0], layer.base_layer
     transposed = _is_conv1d(base)
     if not transposed and not isinstance(base, nn.Linear):
-        raise ValueError(f"{name} adapts a {type(base).__name__}: only linear layers can be routed; exclude it")
+        raise ValueError(
+            f"{name} adapts a {type(base).__name__}: only linear layers can be routed; exclude it, or, of a mixture of "
+            "experts, which PEFT's 'all-linear' adapts as a whole, name linear layers in target_modules"
+        )
     if getattr(layer, "use_dora", {}).get(key) or getattr(layer.lora_B[key], "bias", None) is not None:
         raise ValueError(f"{name} uses DoRA or a LoRA bias: only plain LoRA can be routed; switch both off")
     if layer.merged:
