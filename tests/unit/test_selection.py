@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import BdLoraConfig
 from torch import nn
 
 from models import ARCHITECTURES, causal_lm, lm_step
@@ -172,6 +173,9 @@ class Tied(nn.Module):
         self.two.weight = self.one.weight
 
 
+BLOCKS = BdLoraConfig(target_modules_bd_b=["q_proj"], nblocks=2)
+
+
 @pytest.mark.parametrize(
     ("model", "config", "message"),
     [
@@ -203,6 +207,11 @@ class Tied(nn.Module):
             lambda: get_peft_model(causal_lm("llama"), LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)),
             {},
             "uses DoRA",
+        ),
+        (
+            lambda: get_peft_model(causal_lm("llama"), LoraConfig(r=2, target_modules=["q_proj"], use_bdlora=BLOCKS)),
+            {},
+            "or a block-diagonal B",
         ),
     ],
 )

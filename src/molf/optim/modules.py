@@ -185,8 +185,11 @@ def _adapter_target(name: str, layer: Any, config: MoLFConfig) -> Target:
             f"{name} adapts a {type(base).__name__}: only linear layers can be routed; exclude it, or, of a mixture of "
             "experts, which PEFT's 'all-linear' adapts as a whole, name linear layers in target_modules"
         )
-    if getattr(layer, "use_dora", {}).get(key) or getattr(layer.lora_B[key], "bias", None) is not None:
-        raise ValueError(f"{name} uses DoRA or a LoRA bias: only plain LoRA can be routed; switch both off")
+    blocks = layer.lora_B[key].weight.shape[1] != layer.lora_A[key].weight.shape[0]  # a column is of several ranks
+    if getattr(layer, "use_dora", {}).get(key) or getattr(layer.lora_B[key], "bias", None) is not None or blocks:
+        raise ValueError(
+            f"{name} uses DoRA, a LoRA bias or a block-diagonal B: only plain LoRA can be routed; switch these off"
+        )
     if layer.merged:
         raise ValueError(f"{name} has its adapter merged into the base: call unmerge_adapter() first")
     dropout = float(getattr(layer.lora_dropout[key], "p", 0.0))
