@@ -11,6 +11,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from models import causal_lm, lm_step
 from molf import (
+    MoLFAdamW,
     MoLFConfig,
     MoLFOptimizerFactory,
     NonFiniteGradientError,
@@ -142,6 +143,8 @@ def test_unsupported_options_are_refused_by_name() -> None:
         create_molf_optimizer(causal_lm("llama"), TWO, amsgrad=True)
     with pytest.raises(ValueError, match="fused=True"):
         MoLFOptimizerFactory()(causal_lm("llama"), config=TWO, fused=True)
+    with pytest.raises(ValueError, match=r"nothing would be routed; make it by create_molf_optimizer"):
+        MoLFAdamW(causal_lm("llama").parameters(), TWO)
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,8 @@ class MoLFAdamW(MoLFStep):
     def __init__(
         self, params: Iterable[dict[str, Any]], config: MoLFConfig, modules: Sequence[RoutedModule] = ()
     ) -> None:
+        if not modules:
+            raise ValueError("modules=(): nothing would be routed; make it by create_molf_optimizer(model, config)")
         self._awaits_gradient: set[str] = set()
         super().__init__(params, config, modules)
         self._in_backward: BackwardHooks | None = None
