@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from contextlib import nullcontext
 from typing import Any
@@ -15,6 +16,10 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorForLanguageModeling,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    T5Config,
+    T5ForConditionalGeneration,
     Trainer,
     TrainingArguments,
 )
@@ -233,6 +238,23 @@ def test_two_clippings_are_told(tmp_path, options: dict[str, Any], limit: float,
     config = MoLFConfig(expert_ranks=(4,), **options)
     with pytest.warns(match=warning) if warning else nullcontext():
         Mixed(load(), arguments(TrainingArguments, tmp_path, max_grad_norm=limit), molf_config=config)
+
+
+def test_seq2seq_trainer_takes_the_mixin(tmp_path) -> None:
+    class MoLFSeq2SeqTrainer(MoLFTrainerMixin, Seq2SeqTrainer):
+        pass
+
+    assert "optimizer_cls_and_kwargs" not in inspect.signature(Seq2SeqTrainer.__init__).parameters
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4, "vocab_size": 64}
+    model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
+    data = [{"input_ids": [3, 4, 5], "labels": [6, 7]}] * 8
+    before = bits(model)
+    args = arguments(Seq2SeqTrainingArguments, tmp_path)
+    trainer = MoLFSeq2SeqTrainer(model, args, train_dataset=data, molf_config=MOLF)
+    trainer.train()
+    routed = trainer.optimizer.optimizer.routed_modules
+    assert len(routed) == 16
+    assert {f"{name}.weight" for name in routed} <= changed(before, model)
 
 
 def test_the_mixin_is_the_factory(tmp_path) -> None:
