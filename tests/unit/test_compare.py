@@ -109,6 +109,31 @@ def test_a_plan_names_runs_by_what_they_are(tmp_path: Path) -> None:
         sweep.plan(["fft"], [1e-3], [0], COMMON, {"lora": {}})
 
 
+def _ends_by(folder: Path, monkeypatch: pytest.MonkeyPatch, words: str) -> list[sweep.Run]:
+    """A sweep of one run whose process says something and then does as told."""
+    program = folder / "program"
+    program.write_text(f"#!/bin/sh\necho routed modules: 28\n{words}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    return sweep.plan(["fft"], [1e-3], [0], COMMON, {})
+
+
+@pytest.mark.parametrize("words", ["exit 130", "kill -INT $$"])
+def test_a_run_that_was_interrupted_has_no_result(tmp_path: Path, monkeypatch, words: str) -> None:
+    runs = _ends_by(tmp_path, monkeypatch, words)
+    with pytest.raises(KeyboardInterrupt):
+        sweep.run_sweep(runs, tmp_path / "out", workers=1, threads=1)
+    assert not list((tmp_path / "out" / "results").glob("*.json"))
+
+
+def test_a_run_that_was_killed_failed_by_the_signal_and_not_by_its_last_line(tmp_path: Path, monkeypatch) -> None:
+    runs = _ends_by(tmp_path, monkeypatch, "kill -KILL $$")
+    sweep.run_sweep(runs, tmp_path / "out", workers=1, threads=1)
+    [found] = sweep.read_results(runs, tmp_path / "out")
+    assert found["status"] == "failed"
+    assert found["error"] == "ended by SIGKILL"
+
+
 def _counting(run: sweep.Run, folder: Path, threads: int, keep_models: bool, lock: IO[str]) -> None:
     with (folder / "executed.txt").open("a") as file:
         file.write(f"{run.key}\n")

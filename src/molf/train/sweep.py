@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -144,7 +145,11 @@ def _claim(folder: Path, run: Run) -> Iterator[IO[str] | None]:
 
 
 def _execute(run: Run, folder: Path, threads: int, keep_models: bool, lock: IO[str]) -> None:
-    """Train in a process of its own, which holds the lock as well: it may live on where this one is killed."""
+    """Train in a process of its own, which holds the lock as well: it may live on where this one is killed.
+
+    Raises:
+        KeyboardInterrupt: If the run was interrupted, which is no result.
+    """
     out = folder / "runs" / run.key
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
@@ -155,6 +160,8 @@ def _execute(run: Run, folder: Path, threads: int, keep_models: bool, lock: IO[s
     start = time.time()
     with (out / "log.txt").open("w") as log:
         done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, pass_fds=[lock.fileno()])
+    if done.returncode in (130, -signal.SIGINT):  # Ctrl-C reaches every process of the terminal
+        raise KeyboardInterrupt
     result: dict[str, Any] = {"key": run.key, "arguments": run.arguments, "wall_seconds": time.time() - start}
     if done.returncode == 0:
         result |= {"status": "done", "metrics": json.loads((out / "metrics.json").read_text())}
@@ -162,6 +169,8 @@ def _execute(run: Run, folder: Path, threads: int, keep_models: bool, lock: IO[s
     else:
         last = [line for line in (out / "log.txt").read_text().splitlines() if line.strip()][-1:]
         error = last[0].removeprefix("molf: error: ") if last else f"exit status {done.returncode}"
+        if done.returncode < 0:  # whatever it said last is no reason
+            error = f"ended by {signal.Signals(-done.returncode).name}"
         result |= {"status": "diverged" if "not finite" in error else "failed", "error": error}
     if not keep_models:
         for pattern in WEIGHTS:
