@@ -109,6 +109,21 @@ def test_a_plan_names_runs_by_what_they_are(tmp_path: Path) -> None:
         sweep.plan(["fft"], [1e-3], [0], COMMON, {"lora": {}})
 
 
+@pytest.mark.parametrize("option", ["learning_rate", "seed", "method", "output_dir", "eval_at_end", "dry_run"])
+def test_what_the_sweep_decides_is_refused_as_an_option_of_its_runs(option: str) -> None:
+    with pytest.raises(ValueError, match=f"{option} given for all methods"):
+        sweep.plan(["fft"], [1e-3], [0], COMMON | {option: 1}, {})
+    with pytest.raises(ValueError, match=f"{option} given for fft alone"):
+        sweep.plan(["fft"], [1e-3], [0], COMMON, {"fft": {option: 1}})
+
+
+@pytest.mark.parametrize("option", ["task", "dataset_path", "max_examples", "validation_size", "split_seed"])
+def test_no_method_has_data_of_its_own(option: str) -> None:
+    assert sweep.plan(["fft"], [1e-3], [0], COMMON | {option: 1}, {})
+    with pytest.raises(ValueError, match=f"{option} given for fft alone"):
+        sweep.plan(["fft"], [1e-3], [0], COMMON, {"fft": {option: 1}})
+
+
 def _ends_by(folder: Path, monkeypatch: pytest.MonkeyPatch, words: str) -> list[sweep.Run]:
     """A sweep of one run whose process says something and then does as told."""
     program = folder / "program"

@@ -29,6 +29,10 @@ from tqdm import tqdm
 from .files import write_json
 
 WEIGHTS = ("*.safetensors", "tokenizer*", "training_args.bin")
+OWN = {"method", "learning_rate", "seed", "output_dir", "dry_run", "eval_at_end"}
+"""Options of ``molf train`` that the sweep decides."""
+DATA = {"task", "dataset_path", "max_examples", "validation_size", "test_size", "split_seed"}
+"""Options that all methods share: scores of other records are not compared."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,8 @@ def plan(
     """Every run, seeds outermost, so that an unfinished sweep has whole seeds to compare.
 
     Raises:
-        ValueError: If a list is empty, has an entry twice, or ``per_method`` names no method of the sweep.
+        ValueError: If a list is empty, has an entry twice, ``per_method`` names no method of the sweep, or an option is
+            not to be given.
     """
     for name, values in (("methods", methods), ("learning_rates", learning_rates), ("seeds", seeds)):
         if not values:
@@ -89,6 +94,15 @@ def plan(
     unknown = sorted(per_method.keys() - set(methods))
     if unknown:
         raise ValueError(f"options are given for {', '.join(unknown)}, which is not in methods={list(methods)}")
+    for where, options, refused in (
+        ("for all methods", common, OWN),
+        *((f"for {method} alone", own, OWN | DATA) for method, own in per_method.items()),
+    ):
+        if wrong := sorted(options.keys() & refused):
+            raise ValueError(
+                f"{', '.join(wrong)} given {where}: a sweep sets methods, learning_rates, seeds and output_dir, trains "
+                "and scores every run, and all methods have the same data; leave it out"
+            )
     return [
         Run(method, float(rate), seed, tuple(sorted({**common, **per_method.get(method, {})}.items())))
         for seed in seeds
