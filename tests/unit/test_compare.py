@@ -149,6 +149,24 @@ def test_a_run_that_was_killed_failed_by_the_signal_and_not_by_its_last_line(tmp
     assert found["error"] == "ended by SIGKILL"
 
 
+@pytest.mark.parametrize("keep", [False, True])
+def test_checkpoints_are_weights_too(tmp_path: Path, monkeypatch, keep: bool) -> None:
+    out = tmp_path / "out"
+    save = 'folder=$(dirname "$5")/checkpoint-1; mkdir "$folder"; touch "$folder/optimizer.pt"; exit 1'
+    sweep.run_sweep(_ends_by(tmp_path, monkeypatch, save), out, workers=1, threads=1, keep_models=keep)
+    assert bool(list(out.rglob("optimizer.pt"))) == keep
+
+
+@pytest.mark.parametrize("text", ['{"key"', "{}", "[1]", '{"key": "another"}'])
+def test_a_damaged_result_is_named(tmp_path: Path, text: str) -> None:
+    runs = sweep.plan(["fft"], [1e-3], [0], COMMON, {})
+    path = tmp_path / "results" / f"{runs[0].key}.json"
+    path.parent.mkdir()
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"{path} is damaged .* remove it"):
+        sweep.read_results(runs, tmp_path)
+
+
 def _counting(run: sweep.Run, folder: Path, threads: int, keep_models: bool, lock: IO[str]) -> None:
     with (folder / "executed.txt").open("a") as file:
         file.write(f"{run.key}\n")

@@ -8,12 +8,14 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
 from ..report.compare import RULE, Row, markdown, summarise, verdict
 from ..tasks import get_task
+from ..train.arguments import MethodArguments
+from ..train.data import split
 from ..train.files import write_json
 from ..train.run import load_training_tokenizer
 from ..train.sweep import Run, plan, read_results, run_sweep
@@ -49,8 +51,9 @@ def run(argv: Sequence[str]) -> None:
     common.setdefault("test_size", sizes)
     common = {"save_strategy": "no", "disable_tqdm": True, **common}
     runs = plan(options.methods, options.learning_rates, options.seeds, common, per_method)
-    _check(runs)
-    task.load(common.get("dataset_path"), common.get("max_examples"))  # bad data stop the sweep before its first run
+    data = _check(runs)
+    records = task.load(data.dataset_path, data.max_examples)  # what is bad here stops the sweep before its first run
+    split(task, records, data.validation_size, data.test_size, data.split_seed)
     folder = Path(options.output_dir)
     print(f"{len(runs)} runs: {', '.join(options.methods)} x {options.learning_rates} x seeds {options.seeds}")
     run_sweep(runs, folder, workers=options.workers, threads=options.threads, keep_models=options.keep_models)
@@ -69,14 +72,20 @@ def run(argv: Sequence[str]) -> None:
         raise ValueError(f"none of {len(results)} runs ended well, the first because of: {results[0]['error']}")
 
 
-def _check(runs: Sequence[Run]) -> None:
-    """Look at every method's options and tokenizer as ``molf train`` will: a typo stops the sweep before it starts."""
+def _check(runs: Sequence[Run]) -> MethodArguments:
+    """Look at every method's options and tokenizer as ``molf train`` will: a typo stops the sweep before it starts.
+
+    Returns:
+        The arguments of one of the runs, which all have the same data.
+    """
     firsts = {(run.method, run.learning_rate): run for run in runs}
     with tempfile.TemporaryDirectory() as folder:
         for run in firsts.values():
             path = Path(folder) / "train.yaml"
             path.write_text(yaml.safe_dump(run.arguments))
-            load_training_tokenizer(*parse(["--config", str(path)]))
+            method, args = parse(["--config", str(path)])
+            load_training_tokenizer(method, args)
+    return cast(MethodArguments, method)
 
 
 def _options(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any], dict[str, dict[str, Any]]]:

@@ -138,8 +138,22 @@ def run_sweep(runs: Sequence[Run], folder: Path, *, workers: int, threads: int, 
 
 
 def read_results(runs: Sequence[Run], folder: Path) -> list[dict[str, Any]]:
-    """The results of the runs that have one, in their order."""
-    return [json.loads(_result(folder, run).read_text()) for run in runs if _result(folder, run).exists()]
+    """The results of the runs that have one, in their order.
+
+    Raises:
+        ValueError: If a result is damaged; names its file.
+    """
+    return [_read(_result(folder, run), run.key) for run in runs if _result(folder, run).exists()]
+
+
+def _read(path: Path, key: str) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+        if found["key"] != key:
+            raise ValueError(f"it is of {found['key']}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}): remove it, and its run is made again") from error
+    return found
 
 
 def _result(folder: Path, run: Run) -> Path:
@@ -190,4 +204,6 @@ def _execute(run: Run, folder: Path, threads: int, keep_models: bool, lock: IO[s
         for pattern in WEIGHTS:
             for path in out.glob(pattern):
                 path.unlink()
+        for path in out.glob("checkpoint-*"):
+            shutil.rmtree(path)
     write_json(_result(folder, run), result)
