@@ -8,6 +8,7 @@ import yaml
 
 from molf.assets import BUNDLED_MODEL
 from molf.cli import main
+from molf.cli.compare import _pairs
 
 OPTIONS = {
     "task": "world-fact",
@@ -81,6 +82,12 @@ def test_bad_input_is_one_line_and_starts_nothing(
     assert "must hold a mapping" in fails("compare", "--config", _text(tmp_path / "list.yaml", "- 1"))
     assert "is not YAML" in fails("compare", "--config", _text(tmp_path / "broken.yaml", "a: [1"))
     assert not (tmp_path / "out").exists()
+
+
+def test_no_is_a_word_and_no_flag() -> None:
+    """As in ``--save_strategy no``; a flag's yes and no are read where ``molf train`` reads them."""
+    words = "--save_strategy no --use_cpu yes --bf16 false --max_examples 12".split()
+    assert _pairs(words) == {"save_strategy": "no", "use_cpu": "yes", "bf16": False, "max_examples": 12}
 
 
 def test_no_run_that_ends_well_is_an_error_and_its_results_are_json(tmp_path: Path, config: Path, capsys) -> None:

@@ -153,11 +153,12 @@ def _pairs(words: Sequence[str]) -> dict[str, Any]:
 
 
 def _value(word: str) -> Any:
-    """A word as YAML reads it; one that is not YAML, such as the regex "[qk]_proj", is a string."""
+    """A word as YAML reads it; one that is not YAML, such as the regex "[qk]_proj", is a string, and "no" a word."""
     try:
-        return yaml.safe_load(word)
+        value = yaml.safe_load(word)
     except (yaml.YAMLError, ValueError):  # ValueError: a date that is none
         return word
+    return word if isinstance(value, bool) and word.lower() not in ("true", "false") else value
 
 
 def _plain(rows: Sequence[Row]) -> list[dict[str, Any]]:
