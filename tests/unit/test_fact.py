@@ -58,6 +58,24 @@ def test_load(tmp_path: Path, form) -> None:
         (json.dumps([ROME, {**FLAT, "target_new": ""}]), "record 1: no CounterFact record, target_new is ''"),
         (json.dumps([{"prompt": "a"}]), "record 0: no CounterFact record, 'target_new' is missing"),
         ("[3]", "record 0: no CounterFact record"),
+        (json.dumps([{**ROME, "paraphrase_prompts": "Who"}]), "record 0: .* paraphrase_prompts is 'Who': needs a list"),
+        (json.dumps([{**ROME, "neighborhood_prompts": {"a": 1}}]), "record 0: .* neighborhood_prompts is .*a list"),
+        (
+            json.dumps(
+                [
+                    {
+                        **ROME,
+                        "requested_rewrite": {
+                            "prompt": None,
+                            "subject": "A",
+                            "target_new": {"str": "b"},
+                            "target_true": {"str": "c"},
+                        },
+                    }
+                ]
+            ),
+            "record 0: no CounterFact record, .* of another type",
+        ),
     ],
 )
 def test_bad_files(tmp_path: Path, text: str, message: str) -> None:

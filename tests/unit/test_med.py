@@ -60,6 +60,7 @@ def test_letters_and_missing_subjects(tmp_path: Path, capsys) -> None:
         ([{}, {"cop": 1.0}], "record 1: cop is 1.0"),
         ([{}, {"opc": None}], "record 1: opc is missing"),
         ([{}, {"opd": 3}], "record 1: opd is 3"),
+        ([{}, {"subject_name": ["Skin"]}], r"record 1: subject_name is \['Skin'\]"),
         ([{"question": None}], "record 0: question is missing"),
         ([{"question": " "}], "record 0: question is ' '"),
         ([], "has no record"),

@@ -56,8 +56,8 @@ def parse_edit(record: dict[str, Any]) -> FactEdit:
                 rewrite["prompt"].replace("{}", rewrite["subject"], 1),
                 rewrite["target_new"]["str"],
                 true,
-                tuple(record["paraphrase_prompts"]),
-                tuple((prompt, true) for prompt in record["neighborhood_prompts"]),
+                tuple(_list(record, "paraphrase_prompts")),
+                tuple((prompt, true) for prompt in _list(record, "neighborhood_prompts")),
             )
         else:
             edit = FactEdit(
@@ -67,7 +67,7 @@ def parse_edit(record: dict[str, Any]) -> FactEdit:
                 (record["rephrase_prompt"],),
                 ((record["locality_prompt"], record["locality_ground_truth"]),),
             )
-    except (KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"no CounterFact record, {error} is missing or of another type") from error
     texts = [(name, getattr(edit, name)) for name in ("prompt", "target_new", "target_true")]
     texts += [("a paraphrase prompt", text) for text in edit.paraphrases]
@@ -76,6 +76,13 @@ def parse_edit(record: dict[str, Any]) -> FactEdit:
         if not isinstance(value, str) or not value.strip():
             raise ValueError(f"no CounterFact record, {name} is {value!r}")
     return edit
+
+
+def _list(record: dict[str, Any], name: str) -> list[Any]:
+    if not isinstance(record[name], list):  # a string would be a prompt per letter
+        raise ValueError(f"no CounterFact record, {name} is {record[name]!r}: needs a list")
+    found: list[Any] = record[name]
+    return found
 
 
 def load_edits(path: str | Path, limit: int | None = None) -> list[FactEdit]:

@@ -78,7 +78,7 @@ def parse_question(record: Any, first: int = 0) -> dict[str, Any]:
         parsed["cop"] = cop - first
     else:
         raise ValueError(f"cop is {'missing' if cop is None else repr(cop)}: needs the number of the correct option")
-    parsed["subject_name"] = record.get("subject_name") or "Unknown"
+    parsed["subject_name"] = text_field(record, "subject_name") if record.get("subject_name") else "Unknown"
     return parsed
 
 
