@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from molf.assets import BUNDLED_MODEL
 from molf.tasks import get_task
@@ -75,6 +76,25 @@ def test_the_models_own_generation_settings_do_not_apply(tokenizer) -> None:
         said = model.generate(**ids, max_new_tokens=24)[0, ids.input_ids.shape[1] :]
         assert tokenizer.decode(said, skip_special_tokens=True) != plain[0]
         assert generate(model, tokenizer, prompts, max_new_tokens=24) == plain
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_no_setting_that_a_model_brings_applies_or_is_lost(tokenizer, adapter: bool) -> None:
+    """Those that have no neutral value to be set against them as well."""
+    inner = AutoModelForCausalLM.from_pretrained(BUNDLED_MODEL, dtype=torch.float32)
+    model = get_peft_model(inner, LoraConfig(r=2, target_modules=["q_proj"])) if adapter else inner
+    prompts = [statement(WORLD.facts[0], 0)[0]]
+    plain = generate(model, tokenizer, prompts, max_new_tokens=8)
+    for name, value in {
+        "suppress_tokens": tokenizer(plain[0]).input_ids,
+        "min_new_tokens": 8,
+        "forced_eos_token_id": tokenizer.eos_token_id,
+        "stop_strings": ["e"],
+        "return_dict_in_generate": True,
+    }.items():
+        inner.generation_config = own = GenerationConfig(**{name: value})
+        assert generate(model, tokenizer, prompts, max_new_tokens=8) == plain, name
+        assert inner.generation_config is model.generation_config is own
 
 
 @pytest.mark.parametrize("family", ["qwen2", "llama", "gemma"])

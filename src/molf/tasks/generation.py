@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from peft import PeftModel
 from tqdm import tqdm
 from transformers import GenerationConfig
 
@@ -59,8 +60,13 @@ def generate(
     rows = [context.fit(prompt_tokens(tokenizer, prompt), max_new_tokens) for prompt in prompts]
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     said = [""] * len(rows)
-    settings = _greedy(tokenizer, max_new_tokens)
-    training = model.training
+    pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    settings = GenerationConfig(
+        do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, eos_token_id=eos, pad_token_id=pad, use_cache=True
+    )
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    own, training = inner.generation_config, model.training
+    inner.generation_config = GenerationConfig()  # transformers takes from it what the settings leave open
     model.eval()
     try:
         with tqdm(total=len(order), desc=description, unit="prompt", leave=False) as progress:
@@ -70,18 +76,9 @@ def generate(
                     said[i] = tokenizer.decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
                 progress.update(len(chunk))
     finally:
+        inner.generation_config = own
         model.train(training)
     return said
-
-
-def _greedy(tokenizer: Any, max_new_tokens: int) -> GenerationConfig:
-    """Greedy decoding, with every setting that a model's own ``generation_config`` could bring."""
-    eos = tokenizer.eos_token_id
-    return GenerationConfig(
-        do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, eos_token_id=eos, use_cache=True,
-        pad_token_id=eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-        repetition_penalty=1.0, no_repeat_ngram_size=0, temperature=1.0, top_k=50, top_p=1.0,
-    )  # fmt: skip
 
 
 def _continue(rows: list[list[int]], model: Any, settings: GenerationConfig, eos: int) -> list[list[int]]:
