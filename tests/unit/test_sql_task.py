@@ -104,6 +104,18 @@ def test_rows_with_infinities_and_bytes():
     assert not same_rows([(2**53 + 1,)], [(float(2**53),)])
 
 
+def test_whole_sums_are_compared_by_their_digits_too(pool):
+    """1.1 a + 1.1 b is 3300000033.0, and 1.1 (a + b) is not."""
+    context = "CREATE TABLE t (x REAL); INSERT INTO t VALUES (1000000010), (2000000020)"
+    both = [
+        pool.run(context, f"SELECT 'sum', {expression} FROM t").rows for expression in ("sum(x * 1.1)", "sum(x) * 1.1")
+    ]
+    assert both[0] != both[1]
+    assert same_rows(*both)
+    assert not same_rows([("sum", 3300000033)], [("sum", 3300000034.0)])
+    assert not same_rows([(3300000033.0,)], [(3300000093.0,)])
+
+
 @pytest.mark.parametrize(
     ("query", "ordered", "edit"),
     [

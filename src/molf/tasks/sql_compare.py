@@ -97,13 +97,14 @@ def same_rows(left: Sequence[tuple[Value, ...]], right: Sequence[tuple[Value, ..
     """Whether two results are the same bag of rows, or with ``ordered`` the same sequence.
 
     Columns count in their order and without their names. 1 equals 1.0, and floats are compared by nine significant
-    digits, because a sum depends on the order of its terms.
+    digits, because a sum depends on the order of its terms; but a whole one beside an integer exactly.
     """
-    a, b = ([tuple(map(_comparable, row)) for row in rows] for rows in (left, right))
+    exact = {i for row in (*left, *right) for i, value in enumerate(row) if isinstance(value, int)}
+    a, b = ([tuple(_comparable(v, i in exact) for i, v in enumerate(row)) for row in rows] for rows in (left, right))
     return a == b if ordered else Counter(a) == Counter(b)
 
 
-def _comparable(value: Value) -> Value:
+def _comparable(value: Value, exact: bool) -> Value:
     if isinstance(value, float):
-        return int(value) if value.is_integer() else float(f"{value:.9g}")
+        return int(value) if exact and value.is_integer() else float(f"{value:.9g}")
     return value
