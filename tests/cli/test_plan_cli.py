@@ -1,5 +1,6 @@
 """molf plan and molf train --dry_run from the command line."""
 
+import math
 import re
 import subprocess
 import sys
@@ -8,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from torchao.optim import subclass_8bit
+from transformers import AutoConfig
 
 from models import causal_lm, lm_step
 from molf import MoLFAdamW, MoLFConfig, create_molf_optimizer
@@ -18,6 +21,7 @@ from molf.plan.memory import Workload, plan_method
 from molf.train.dry_run import fill_state, model_config, workload
 
 STORIES = Path(__file__).parents[3] / "shared" / "models" / "stories3M"
+IN_BACKWARD = ["--step_in_backward", "true", "--gradient_accumulation_steps", "1", "--max_grad_norm", "0"]
 PLAN = ["plan", "--model_name_or_path", str(BUNDLED_MODEL)]
 
 
@@ -98,6 +102,27 @@ def work_of(model: Any) -> Workload:
     return Workload(model.config, torch.float32, 1, 4)
 
 
+def test_options_that_save_memory_are_planned() -> None:
+    """8 bits without what an earlier optimizer left of torchao's; gradients that a step in the backward pass frees."""
+    for made in (subclass_8bit.get_qmap_signed, subclass_8bit.get_qmap_unsigned):
+        made.cache_clear()
+    work = Workload(AutoConfig.from_pretrained(BUNDLED_MODEL), torch.float32, 1, 4)
+    plain, packed, freed = (
+        plan_method("molf", MoLFConfig(expert_ranks=(16,), **options), work)
+        for options in ({}, {"moments_8bit": True}, {"step_in_backward": True})
+    )
+    weights = plain.memory()["weights"]
+    sizes = [math.prod(tensor.shape) for tensor in plain.held if tensor.kind == "gradients"]
+    small = [n for n in sizes if n % 256 or n < 4096]
+    assert len(small) > 10  # and in full precision: vectors, and the bundled embedding
+    codes = sum(2 * (n + 4 * n // 256 + 4 * 256) for n in sizes if n not in small)  # a scale per block and a table
+    assert sum(t.bytes for t in packed.held if t.kind == "moments") == codes + 8 * sum(small)
+    assert plain.memory()["gradients"] == weights
+    assert freed.memory()["gradients"] == 0
+    assert freed.memory()["activations"] < plain.memory()["activations"] + weights
+    assert plan_method("fft", MoLFConfig(step_in_backward=True), work).memory()["gradients"] == weights
+
+
 def test_what_is_fused_needs_no_temporaries() -> None:
     """The optimizer's name was looked for in that of its enum, and the default taken for one that is not fused."""
     words = ["--model_name_or_path", str(BUNDLED_MODEL), "--task", "world-fact", "--method", "fft", "--use_cpu", "true"]
@@ -132,6 +157,8 @@ def test_a_dry_run_makes_one_step(tmp_path, monkeypatch, capsys) -> None:
         ("16", ["molf-e"]),
         ("2", ["fft"]),
         ("2", ["molf"]),
+        ("16", ["molf", "--moments_8bit", "true"]),
+        ("16", ["molf", *IN_BACKWARD]),
     ],
 )
 @pytest.mark.parametrize("model", ["bundled", "stories3M"])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..optim import MoLFConfig, create_molf_optimizer
+from ..optim import MoLFConfig, create_molf_optimizer, quantized
 from ..optim.passes import BLOCK
 from ..train.methods import METHODS, adapter_config
 from .tracker import PeakTracker
@@ -150,16 +150,24 @@ def plan_method(name: str, config: MoLFConfig, work: Workload) -> Plan:
     """
     spec = METHODS[name]
     base, model = _on_meta(name, config, work)
+    if config.moments_8bit:  # torchao's tables are kept once they are made, which fake tensors cannot do
+        for signed in (True, False):
+            quantized.zeros(torch.empty(BLOCK), signed=signed)
     with FakeTensorMode(
         allow_non_fake_inputs=True
     ):  # tensors that say they are on the CPU, so that operations choose its kernels, not meta's
         model.to_empty(device="cpu")
         base.tie_weights()
-        optimizer = create_molf_optimizer(model, config) if spec.routes else None
+        optimizer = create_molf_optimizer(model, replace(config, step_in_backward=False)) if spec.routes else None
+        in_backward = spec.routes and config.step_in_backward
+        if in_backward:
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.register_post_accumulate_grad_hook(_free)
         rows = list(_routed_rows(model, optimizer) if optimizer else _plain_rows(model, config, spec.adapter))
         packed = _quantised(base) if spec.quantizes and work.quantization != "none" else {}
         held = [
-            *_of_model(model, packed, work.quantization),
+            *_of_model(model, packed, work.quantization, not in_backward),
             *(_of_optimizer(optimizer) if optimizer else _of_adamw(model)),
         ]
         unpacked = max((weight.numel() for weight in packed.values()), default=0)  # one at a time, to multiply with
@@ -212,12 +220,17 @@ def _packed_size(weight: Tensor, quantization: str) -> int:
     return weight.numel() + 4 * weight.shape[0]
 
 
-def _of_model(model: nn.Module, packed: dict[int, Tensor], quantization: str) -> Iterator[Held]:
+def _free(parameter: Tensor) -> None:
+    """What a step in the backward pass does with a gradient."""
+    parameter.grad = None
+
+
+def _of_model(model: nn.Module, packed: dict[int, Tensor], quantization: str, gradients: bool) -> Iterator[Held]:
     for name, parameter in model.named_parameters():
         shape = tuple(parameter.shape)
         size = _packed_size(parameter, quantization) if id(parameter) in packed else _size(parameter)
         yield Held("experts" if ".lora_" in name else "weights", name, shape, size, _rows(parameter))
-        if parameter.requires_grad:
+        if parameter.requires_grad and gradients:
             yield Held("gradients", name, shape, _size(parameter), _rows(parameter))
 
 
@@ -238,7 +251,8 @@ def _of_optimizer(optimizer: Any) -> Iterator[Held]:
                 if kind == "experts":  # A (R, in) goes by the weight's inputs, B (out, R) by its outputs
                     by_inputs = key.startswith("lora_A")
                     dealt = value.shape[int(by_inputs)] if by_inputs == (name in transposed) else 0
-                yield Held(kind, name, tuple(value.shape), _size(value), dealt)
+                parts = [value.codes, value.scale, value.qmap] if quantized.is_quantized(value) else [value]
+                yield Held(kind, name, tuple(value.shape), sum(map(_size, parts)), dealt)
 
 
 def _of_step(optimizer: Any) -> tuple[int, int]:
@@ -258,7 +272,9 @@ def _of_step(optimizer: Any) -> tuple[int, int]:
                 sizes.append(_size(part.exp_avg))
             if virtual and factor == int(stack.modules[0].transposed):
                 summed += _size(part.exp_avg)
-    return max(sum(sizes), sum(values)) + max([0, *sizes, *values]) + STEP_TENSORS * 4 * BLOCK, summed
+    packed = [v.numel() for state in optimizer.state.values() for v in state.values() if quantized.is_quantized(v)]
+    unpacked = 4 * 4 * max(packed, default=0)  # m and v in fp32, before and after
+    return max(sum(sizes), sum(values)) + max([0, *sizes, *values]) + unpacked + STEP_TENSORS * 4 * BLOCK, summed
 
 
 def _of_adamw(model: nn.Module) -> Iterator[Held]:
