@@ -97,6 +97,14 @@ def test_tiles_say_who_is_best(tmp_path) -> None:
     ]
 
 
+def test_figures_of_runs_whose_names_are_alike_are_all_there(tmp_path, capsys) -> None:
+    runs = [str(write_run(tmp_path / name, routing=routing_lines(20))) for name in ("lr/1", "lr-1", "lr 1", "other")]
+    assert main(["report", *runs, "--png", str(tmp_path / "png")]) == 0
+    written = [line for line in capsys.readouterr().out.splitlines() if line.endswith(".png")]
+    assert len(set(written)) == len(written) == len(list((tmp_path / "png").iterdir()))
+    assert (tmp_path / "png" / "other-won.png").is_file()
+
+
 def test_dense_wins_are_of_the_steps_that_compared_anything(tmp_path) -> None:
     """The metrics count the step at a learning rate of 0 that the schedule began with."""
     lines = routing_lines(4, ["m"])

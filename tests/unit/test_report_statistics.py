@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from molf.optim.names import places
+from molf.report import runs
 from molf.report.routing_content import routing_content, sentences
 from molf.report.runs import read_routing_log
 from molf.report.statistics import margins, shares, specialised, switch_rate, window_medians, windows
@@ -54,6 +55,12 @@ def test_steps_that_compared_nothing_are_left_out(tmp_path) -> None:
     del lines[3]["winners"]
     with pytest.raises(ValueError, match="line 4, is damaged"):
         log_of(tmp_path, lines)
+
+
+def test_a_log_that_grows_while_it_is_read_is_read_as_far_as_it_was(tmp_path, monkeypatch) -> None:
+    lines = routing_lines(8)
+    monkeypatch.setattr(runs, "stream_routing", lambda path: (lines[0], iter(lines[1:])))
+    assert log_of(tmp_path, lines[:6]).steps.tolist() == [1, 2, 3, 4, 5]
 
 
 def test_top_k_counts_every_winner(tmp_path) -> None:

@@ -61,9 +61,11 @@ def write_figures(runs: Sequence[Run], folder: Path) -> list[Path]:
                 draw(f"loss{suffix}", 3.4, 2.4, _loss, runs, axis)
             if any(_scored(run) for run in runs):
                 draw(f"score{suffix}", 3.4, 2.4, _score, runs, axis)
-        for run in runs:
+        names = [re.sub(r"[^\w.-]+", "-", run.name) for run in runs]
+        for index, run in enumerate(runs):
             if run.routing is not None:
-                name, shown = re.sub(r"[^\w.-]+", "-", run.name), routing_content(run.routing)
+                name = names[index] if names.count(names[index]) == 1 else f"{names[index]}-{index + 1}"
+                shown = routing_content(run.routing)
                 height = max(1.8, 0.9 + 0.17 * len(shown["layers"]))
                 draw(f"{name}-won", 3.4, height, _won, run.routing, shown)
                 draw(f"{name}-share", 3.4, max(1.4, 0.9 + 0.17 * len(shown["projections"])), _share, shown)
