@@ -108,6 +108,8 @@ def test_what_is_printed_and_in_the_card(tmp_path, capsys, molf: Path) -> None:
         assert part in card, part
     shares = json.loads((molf / "metrics.json").read_text())["expert_share"]
     assert record["routing"]["all layers"] == pytest.approx(shares)
+    assert record["data"] == {"task": "world-fact", "max_examples": 16}
+    assert record["metrics"] == json.loads((molf / "metrics.json").read_text())
     assert set(record["routing"]) > {"all layers", "q_proj", "down_proj"}
 
 
@@ -224,9 +226,23 @@ def test_what_is_no_finished_run(tmp_path, capsys, molf_e: Path) -> None:
         (text.replace('"top_k"', '"top_j"'), "run.json is of another version of molf"),
         (text.replace('"method": "molf-e"', '"method": "molf-f"'), "run.json is of another version of molf: 'molf-f'"),
         (text.replace(str(BUNDLED_MODEL), str(tmp_path / "gone")), f"model {tmp_path / 'gone'} cannot be read"),
+        (text.replace(str(BUNDLED_MODEL), str(tmp_path / "gone")), "say so with --base"),
     ):
         (run / "run.json").write_text(new)
         assert message in refused(capsys, run, *out)
+    (run / "run.json").write_text(text)
+    log = (run / "routing.jsonl").read_text().splitlines()[0]
+    for name, content, message in (
+        ("metrics.json", "[1]", "metrics.json is damaged: it holds no mapping"),
+        ("routing.jsonl", '{"schema": 1}\n', "routing.jsonl is damaged: KeyError('modules')"),
+        ("routing.jsonl", log + "\n{}\n", "routing.jsonl is damaged: KeyError('winners')"),
+        ("adapter_config.json", "{", f"the adapter of {run} is damaged"),
+        ("adapter_config.json", "{}", f"the adapter of {run} is damaged"),
+    ):
+        whole = (run / name).read_text()
+        (run / name).write_text(content)
+        assert message in refused(capsys, run, *out)
+        (run / name).write_text(whole)
     assert "run2" in refused(capsys, tmp_path / "run2", *out)
     assert not (tmp_path / "out").exists()
 

@@ -22,16 +22,23 @@ TITLES = {
 
 
 def routing_summary(run: TrainedRun) -> dict[str, dict[str, float]]:
-    """Share of (step, layer) decisions that every expert won: over all layers, and by kind of layer; empty if none."""
+    """Share of (step, layer) decisions that every expert won: over all layers, and by kind of layer; empty if none.
+
+    Raises:
+        ValueError: If the log is damaged; names it.
+    """
     path = run.folder / "routing.jsonl"
     if not path.is_file():
         return {}
     header, records = read_routing(path)
     kinds: dict[str, list[int]] = defaultdict(list)
-    for index, name in enumerate(header["modules"]):
-        kinds[name.rpartition(".")[2]].append(index)
-    rows = {"all layers": range(len(header["modules"])), **kinds}
-    return {kind: _shares(records, indices, header["experts"]) for kind, indices in rows.items()}
+    try:
+        for index, name in enumerate(header["modules"]):
+            kinds[name.rpartition(".")[2]].append(index)
+        rows = {"all layers": range(len(header["modules"])), **kinds}
+        return {kind: _shares(records, indices, header["experts"]) for kind, indices in rows.items()}
+    except (KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"{path} is damaged: {error!r}") from error
 
 
 def _shares(records: list[dict[str, Any]], indices: Sequence[int], experts: Sequence[str]) -> dict[str, float]:
@@ -49,12 +56,11 @@ def card(run: TrainedRun, report: Mapping[str, Any]) -> str:
         "pipeline_tag": "text-generation",
         "tags": ["molf", *(["lora"] if adapter else [])],
     }
-    data = {key: method[key] for key in ("task", "dataset_path", "max_examples") if method[key] is not None}
     facts = {
         "base model": f"{run.base}, revision {run.revision}",
         "method": method["method"],
         "experts": _experts(run),
-        "data": ", ".join(f"{key} {value}" for key, value in data.items()),
+        "data": ", ".join(f"{key} {value}" for key, value in report["data"].items()),
         "weights": f"{report['dtype']}, trained in {method['dtype']} on a base quantised to {run.quantization}",
     }
     parts = [

@@ -19,6 +19,7 @@ from .run import TrainedRun, read_run
 from .verify import Difference, difference, logits_of, rounding_tolerance
 from .weights import read_adapter, write_adapter, write_experts, write_merged
 
+DATA = ("task", "dataset_path", "max_examples")
 FORMS = ("merged", "adapter", "experts", "delta")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -105,7 +106,9 @@ def export(
             "scales": list(run.config.scales),
             "prompts": len(texts),
             "source": source,
+            "data": {key: run.method[key] for key in DATA if run.method[key] is not None},
             "routing": routing_summary(run),
+            "metrics": run.metrics,
             "versions": versions(),
             **(_delta if options.to == "delta" else _lossless)(run, trained, stage, options),
         }

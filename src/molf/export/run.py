@@ -67,9 +67,12 @@ class TrainedRun:
         Raises:
             ValueError: If it cannot be read; names it.
         """
-        with naming(self.base):
-            hub = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
-            model = load_model(self.base, self.method["dtype"], **hub, **self.quantized)
+        hub = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+        try:
+            with naming(self.base):
+                model = load_model(self.base, self.method["dtype"], **hub, **self.quantized)
+        except ValueError as error:
+            raise ValueError(f"{error}; where the base has moved, say so with --base") from error
         return in_float32(model)
 
     def load_trained(self) -> tuple[Any, torch.dtype]:
@@ -86,7 +89,7 @@ class TrainedRun:
             with warnings.catch_warnings():
                 warnings.filterwarnings("error", message="Found missing adapter keys", category=UserWarning)
                 return PeftModel.from_pretrained(base, str(self.folder)).eval(), dtype
-        except (SafetensorError, RuntimeError, UserWarning) as error:
+        except (SafetensorError, RuntimeError, UserWarning, ValueError, KeyError, TypeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ValueError(f"the adapter of {self.folder} is damaged or of another base: {reason}") from error
 
@@ -146,6 +149,8 @@ def _read(path: Path, problem: str) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged: it holds no mapping")
     return found
 
 
