@@ -97,6 +97,26 @@ def test_tiles_say_who_is_best(tmp_path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("own", "best"),
+    [
+        ({"test_size": 0.5}, False),
+        ({"max_examples": 10}, False),
+        ({"dataset_path": "b.json"}, False),
+        ({"learning_rate": 1.0}, True),
+    ],
+)
+def test_scores_of_other_records_have_no_best(tmp_path, own: dict, best: bool) -> None:
+    runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b")]
+    config = json.loads((runs[1] / "run.json").read_text())
+    config["method"] |= own
+    (runs[1] / "run.json").write_text(json.dumps(config))
+    assert main(["report", *map(str, runs)]) == 0
+    data = data_of(tmp_path / "report.html")
+    assert ("Best score" in [tile["label"] for tile in data["tiles"]]) is best
+    assert (len({run["scored_on"] for run in data["runs"]}) == 1) is best
+
+
 def test_figures_of_runs_whose_names_are_alike_are_all_there(tmp_path, capsys) -> None:
     runs = [str(write_run(tmp_path / name, routing=routing_lines(20))) for name in ("lr/1", "lr-1", "lr 1", "other")]
     assert main(["report", *runs, "--png", str(tmp_path / "png")]) == 0

@@ -17,6 +17,8 @@ from .runs import Run
 from .statistics import windows
 
 CURVE_POINTS = 1000
+SCORED_ON = ("dataset_path", "max_examples", "validation_size", "test_size", "split_seed")
+"""What decides the records of a score where there is no ``eval_dataset_path``."""
 LOG_SCALE_FROM = 4.0
 """Largest by smallest loss from which its axis is logarithmic: else the first entries flatten all that follows."""
 
@@ -88,7 +90,7 @@ def headline(run: Run) -> dict[str, Any]:
 def tiles(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """The numbers to see first: of one run its own, of several the best and the run, by index, that has it.
 
-    Scores of different tasks have no best.
+    Scores of different tasks or records have no best.
     """
     rows, one = [headline(run) for run in runs], len(runs) == 1
     found = []
@@ -99,8 +101,7 @@ def tiles(runs: Sequence[Run]) -> list[dict[str, Any]]:
         ("dense", "Dense won", "Most dense wins", max),
     ):
         known = {index: row[key] for index, row in enumerate(rows) if row[key] is not None}
-        tasks = {run.config["method"].get("task") for run in runs}
-        if len(known) < (1 if one else 2) or (key == "score" and len(tasks) > 1):
+        if len(known) < (1 if one else 2) or (key == "score" and len(set(map(scored_on, runs))) > 1):
             continue
         index = choose(known, key=known.__getitem__)
         found.append(
@@ -135,6 +136,12 @@ def score(run: Run) -> tuple[str, float | None]:
         return "", None
     primary = get_task(task).primary
     return primary, _number(run.metrics.get("test", run.metrics).get(primary))
+
+
+def scored_on(run: Run) -> str:
+    """Task and records of a run's score: those of ``eval_dataset_path``, or what is trained on and how it is split."""
+    own = ("eval_dataset_path",) if run.config["method"].get("eval_dataset_path") else SCORED_ON
+    return json.dumps([run.config["method"].get(name) for name in ("task", *own)])
 
 
 def _number(value: Any) -> float | None:
@@ -173,7 +180,7 @@ def _run(run: Run) -> dict[str, Any]:
         "name": run.name,
         "curve": curve(run.history),
         "evaluations": evaluations(run),
-        "task": run.config["method"].get("task"),
+        "scored_on": scored_on(run),
         "score_name": name,
         "score": value,
         "steps": _number(run.metrics.get("steps")),

@@ -19,7 +19,7 @@ const element = (tag, text = "", className = "") => {
 };
 
 const AXES = [["steps", "Steps"], ["seconds", "Seconds"], ["tokens", "Tokens"]];
-const comparable = new Set(D.runs.filter((run) => run.score !== null).map((run) => run.task)).size < 2;
+const comparable = new Set(D.runs.filter((run) => run.score !== null).map((run) => run.scored_on)).size < 2;
 const routed = D.runs.map((run, index) => index).filter((index) => D.runs[index].routing);
 const state = { axis: "steps", run: routed[0], expert: 0, window: -1, timer: null };
 const sorts = { headline: {} }; // by table: the column and the direction that it is sorted by, if it is
@@ -90,7 +90,7 @@ function drawScore() {
   const ended = (run) => run.score !== null && x(run) !== null;
   const shown = D.runs.map((run, index) => [run, index]).filter(([run]) => scored(run) || ended(run));
   const name = shown.length ? shown[0][0].score_name.replaceAll("_", " ") : "", curves = shown.some(([run]) => scored(run));
-  $("score-caption").textContent = !shown.length ? "" : !comparable ? "Each run's own task: scores of different tasks cannot be compared."
+  $("score-caption").textContent = !shown.length ? "" : !comparable ? "Each run's own task and records: scores of different ones cannot be compared."
     : `The task's ${name}, higher is better: ` + (curves ? `of ${records()} while training went on, and, larger and open, of all that are scored at the end.` : "at the end of each run. With --eval_strategy it is a curve.");
   if (!shown.length) return empty("score", "No run was scored, or none has this axis.");
   const traces = shown.flatMap(([run, index]) => [
