@@ -113,6 +113,10 @@ def test_bad_options_and_data(tmp_path, capsys) -> None:
     assert "batch_size=-1" in refused(capsys, *model, *MCQ, "--batch_size", "-1")
     assert "invalid choice: 'int3'" in refused(capsys, *model, *MCQ, "--dtype", "int3")
     assert "is a folder: name a file" in refused(capsys, *model, *MCQ, "--output", tmp_path)
+    (tmp_path / "file").touch()
+    inside = tmp_path / "file" / "metrics.json"
+    assert f"{tmp_path / 'file'} is no folder to write to" in refused(capsys, *model, *MCQ, "--output", inside)
+    (tmp_path / "file").unlink()
     assert "eos_token='<none>'" in refused(capsys, *model, *MCQ, "--eos_token", "<none>")
     assert list(tmp_path.iterdir()) == []
 

@@ -103,6 +103,6 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
         raise ValueError(f"output={options.output} is a folder: name a file")
     if options.output is not None:
         there = next(folder for folder in options.output.absolute().parents if folder.exists())
-        if not os.access(there, os.W_OK):
-            raise ValueError(f"output={options.output}: {there} is not writable; name another folder")
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            raise ValueError(f"output={options.output}: {there} is no folder to write to; name another one")
     return options
