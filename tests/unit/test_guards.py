@@ -67,6 +67,7 @@ def test_the_head_of_a_model_inside_is_not_routed(tied: bool) -> None:
          r"0\.bias is computed by a parametrization"),
         (lambda m: m.to("meta"), r"0\.weight has no values yet"),
         (lambda m: m.__setitem__(0, nn.LazyLinear(4)), r"0\.weight has no values yet"),
+        (lambda m: m[0].__setattr__("weight", nn.Parameter(torch.zeros(0, 4))), r"0\.weight is empty, \(0, 4\)"),
         (lambda m: m[0].__setattr__("weight", nn.Parameter(torch.zeros(4, 4).to(torch.float8_e4m3fn), False)),
          r"0\.weight is quantised .*float8"),
     ],

@@ -265,6 +265,28 @@ def test_a_step_without_gradients_is_a_record_without_decisions(tmp_path) -> Non
     assert [record["winners"][0] is None for record in records] == [False, True]
 
 
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_the_default_device_is_none_of_its_tensors(compile: bool, clip: float | None) -> None:
+    """As after ``torch.set_default_device("cuda")``: what is made beside the model is made where it belongs."""
+    runs = []
+    for default in ("cpu", "meta"):
+        model = causal_lm("qwen2")
+        torch.manual_seed(0)
+        batch = torch.arange(3, 19).view(2, 8)
+        with torch.device(default):
+            config = MoLFConfig(expert_ranks=(2, 4), lora_alpha=(4.0, 6.0), max_grad_norm=clip, compile=compile)
+            optimizer = create_molf_optimizer(model, config)
+            for _ in range(3):
+                with torch.device("cpu"):
+                    model(input_ids=batch, labels=batch).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            optimizer.load_state_dict(optimizer.state_dict())
+        runs.append(snapshot(model, optimizer))
+    assert all(map(torch.equal, *runs))
+
+
 def test_recorder_survives_a_torn_line_and_drops_what_a_resume_repeats(tmp_path) -> None:
     model, optimizer = small()
     recorder = RoutingRecorder(optimizer, tmp_path / "r.jsonl")

@@ -131,6 +131,32 @@ def test_weights_are_the_bits_that_the_state_says():
         assert torch.equal(parameter, other)
 
 
+def test_convolutions_in_another_memory_format_are_stepped_like_adamw():
+    """Their moments and gradients are gathered, and torch.stack keeps the format, of which there is no flat view."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.Flatten(), nn.Linear(64, 3)]
+    model = nn.Sequential(*layers).to(memory_format=torch.channels_last)
+    alone = copy.deepcopy(model)
+    optimizer = create_molf_optimizer(model, replace(MOLF, target_modules=["4"], expert_ranks=(), lora_alpha=None))
+    adamw = torch.optim.AdamW(optimizer_groups(optimizer, model, alone), lr=MOLF.lr)
+    for _ in range(3):
+        for each, stepped in ((model, optimizer), (alone, adamw)):
+            each(torch.linspace(-1, 1, 128).view(2, 4, 4, 4)).square().sum().backward()
+            stepped.step()
+            stepped.zero_grad()
+    for parameter, other in zip(model.parameters(), alone.parameters(), strict=True):
+        assert torch.equal(parameter, other)
+
+
+def optimizer_groups(optimizer, model, twin):
+    """The optimizer's groups with the parameters of a copy of its model."""
+    twins = dict(zip(model.parameters(), twin.parameters(), strict=True))
+    return [
+        {"params": [twins[parameter] for parameter in group["params"]], "weight_decay": group["weight_decay"]}
+        for group in optimizer.param_groups
+    ]
+
+
 @pytest.mark.parametrize("shape", [(), (3,)])
 def test_alike_parameters_of_any_dimension_are_stepped_like_adamw(shape):
     model = nn.Module()

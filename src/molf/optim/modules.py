@@ -147,6 +147,8 @@ def _plain_target(name: str, module: Any) -> Target:
             "name linear layers, or leave it out with exclude_modules"
         )
     _check_held(name, module)
+    if not module.weight.numel():
+        raise ValueError(f"{name}.weight is empty, {tuple(module.weight.shape)}: leave it out with exclude_modules")
     bias = module.bias if module.bias is not None and module.bias.requires_grad else None
     return Target(name, module.weight, bias, transposed)
 

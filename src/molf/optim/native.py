@@ -40,7 +40,7 @@ class Native(Compiled):
         """As ``Compiled.squares``, of tensors that are plain."""
         if not all(self._is_plain(tensor, low=True) for tensor in tensors):
             return None
-        sums, rows, place = torch.empty(sum(counts)), [], 0
+        sums, rows, place = torch.empty(sum(counts), device="cpu"), [], 0
         for tensor, count in zip(tensors, counts, strict=True):
             places = (tensor.data_ptr(), 0, 0, 0, 0, 0, sums.data_ptr() + place * sums.element_size())
             rows.append(Row(places, (0, 0, 0), count, tensor.numel() // count, (tensor.dtype, None)))

@@ -48,7 +48,7 @@ class Part:
         """One tensor per module as one of all; the only one as it is."""
         if self.turned:
             tensors = [tensor.T for tensor in tensors]
-        return tensors[0] if len(tensors) == 1 else _joined(torch.stack(list(tensors)), self.by_row)
+        return tensors[0] if len(tensors) == 1 else _joined(_stacked(tensors), self.by_row)
 
     def spread(self, joined: Tensor, targets: Sequence[Tensor], which: Sequence[int] | None = None) -> None:
         """Copy the parts of one tensor to a tensor per module, or to those of ``which``."""
@@ -75,6 +75,10 @@ def gradient(parameter: Tensor) -> Tensor:
     return local(parameter.grad)
 
 
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(tensors)).contiguous()  # in whatever memory format a convolution's are
+
+
 def _joined(stack: Tensor, by_row: bool) -> Tensor:
     return stack.flatten(0, 1) if by_row else stack.view(len(stack), -1)  # numbers without a dimension, too
 
@@ -88,7 +92,7 @@ def shared(states: Sequence[dict[str, Tensor]], name: str, by_row: bool, turned:
         return tensors[0]
     whole = tensors[0]._base
     if whole is None or not _are_parts(tensors, whole):
-        whole = torch.stack(tensors)
+        whole = _stacked(tensors)
         for each, own in zip(states, whole.unbind(), strict=True):
             each[name] = own.T if turned else own
     return _joined(whole, by_row)

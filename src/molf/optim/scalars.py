@@ -22,7 +22,7 @@ def join(tensors: Sequence[Tensor]) -> Tensor:
 
 def numbers(values: Any, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """``values`` as a tensor where another one is, without the wait for a GPU of ``new_tensor``."""
-    made = torch.tensor(values, dtype=dtype or like.dtype, pin_memory=like.is_cuda)
+    made = torch.tensor(values, dtype=dtype or like.dtype, device="cpu", pin_memory=like.is_cuda)
     return made.to(like.device, non_blocking=True)
 
 

@@ -180,7 +180,7 @@ class MoLFState(Optimizer):
     def _new_state(self, parameter: Tensor, expert: str) -> dict[str, Tensor]:
         """``step``, ``exp_avg`` and ``exp_avg_sq`` unless it is frozen, and ``base``, a 16-bit parameter's master."""
         dtype = moment_dtype(parameter)
-        state = {"step": torch.tensor(0.0)}
+        state = {"step": torch.tensor(0.0, device="cpu")}
         if dtype != parameter.dtype and self.config.keep_base:
             state["base"] = parameter.detach().to(dtype, copy=True)
         zeros = self._zeros if expert in self._lora_experts else self._dense_zeros
@@ -341,8 +341,8 @@ class MoLFState(Optimizer):
     def _segments_on(self, device: torch.device) -> Tensor:
         """The LoRA expert of every rank: ranks (2, 3) give [0, 0, 1, 1, 1]."""
         if device not in self._segments:
-            ranks = torch.tensor(self.config.expert_ranks, dtype=torch.long)
-            self._segments[device] = torch.arange(len(ranks)).repeat_interleave(ranks).to(device)
+            segments = [i for i, rank in enumerate(self.config.expert_ranks) for _ in range(rank)]
+            self._segments[device] = torch.tensor(segments, dtype=torch.long, device=device)
         return self._segments[device]
 
 
