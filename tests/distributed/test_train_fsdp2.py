@@ -7,12 +7,16 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from processes import run
 from safetensors.torch import load_file
 from test_resume import assert_identical
 from train_programs import command, command_on_a_full_disk, everything, halve, losses, options, train_to_end, winners
+from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
+from molf.assets import BUNDLED_MODEL
 from molf.cli import main
+from molf.train.verify import checkpoints
 
 ROOT = Path(__file__).parents[2]
 STEPS = 4
@@ -64,6 +68,33 @@ def test_a_resume_with_several_virtual_experts(tmp_path: Path, facts: Path) -> N
     said = run(tmp_path, 2, command, options("molf", facts, again, STEPS, *several))
     assert [each["status"] for each in said] == [0, 0], said
     assert_identical(everything(again), everything(whole))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_model_that_is_saved_under_other_names_resumes_exactly(tmp_path: Path, facts: Path, processes: int) -> None:
+    """As mixtures of experts are: a Trainer's own resume would leave such weights as it finds them."""
+    base, full, again = tmp_path / "base", tmp_path / "full", tmp_path / "again"
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED_MODEL)
+    tokenizer.save_pretrained(base)
+    config = MixtralConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=4, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    MixtralForCausalLM(config).save_pretrained(base)
+    several = [*(TWO if processes == 2 else ONE), *SAVED, "--model_name_or_path", str(base)]
+    several += ["--load_best_model_at_end", "true", "--eval_strategy", "steps", "--eval_steps", str(STEPS // 2)]
+    several += ["--eval_examples", "4", "--metric_for_best_model", "eval_loss", "--greater_is_better", "true"]
+    first = run(tmp_path, processes, command, options("molf", facts, full, STEPS, *several))
+    assert [each["status"] for each in first] == [0] * processes, first
+    halve(full, again)
+    several += ["--resume_from_checkpoint", "auto"]
+    said = run(tmp_path, processes, command, options("molf", facts, again, STEPS, *several))
+    assert [each["status"] for each in said] == [0] * processes, said
+    assert_identical(everything(again), everything(full))
+    best, file = checkpoints(full)[0], "model.safetensors"  # the loss falls: the greatest is the first
+    assert_identical(load_file(full / file), load_file(best / file))
+    assert "model.layers.0.block_sparse_moe.experts.0.w1.weight" in load_file(best / file)
 
 
 @pytest.mark.parametrize(("method", "task"), [("molf", "world-fact"), ("molf-e", "world-sql")])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ from ..optim import MoLFAdamW
 from ..optim.modules import outside_adapter
 from .distributed import from_all, from_first, is_sharded, lost_process
 from .files import sha256, sync, write_json
-from .sharded import load_optimizer, load_weights, save_optimizer
-from .verify import MANIFEST, SHARDED, UNFINISHED, check_checkpoint, check_fits, checkpoints
+from .sharded import load_optimizer, load_renamed, load_weights, save_optimizer
+from .verify import MANIFEST, SHARDED, UNFINISHED, as_saved, check_checkpoint, check_fits, checkpoints
 
 
 class WholeCheckpoints:
@@ -101,15 +101,15 @@ class WholeCheckpoints:
         if resume_from_checkpoint != self.verified and (error := from_first(lambda: damage(resume_from_checkpoint))):
             raise error
         check_fits(Path(resume_from_checkpoint), this.model, this.optimizer_cls_and_kwargs)
-        if _loads_parts(this.model):
-            load_weights(this.model, Path(resume_from_checkpoint))
+        if (load := _loader(this.model)) is not None:
+            load(this.model, Path(resume_from_checkpoint))
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
 
     def _load_best_model(self) -> None:
         this: Any = self
-        if _loads_parts(this.model):
-            load_weights(this.model, Path(this.state.best_model_checkpoint))
+        if (load := _loader(this.model)) is not None:
+            load(this.model, Path(this.state.best_model_checkpoint))
         else:
             super()._load_best_model()  # type: ignore[misc]
 
@@ -143,9 +143,14 @@ class WholeCheckpoints:
             this._load_best_model()
 
 
-def _loads_parts(model: Any) -> bool:
-    """Whether every process loads its part of whole weights; PEFT does that itself."""
-    return is_sharded(model) and not isinstance(model, PeftModel)
+def _loader(model: Any) -> Callable[[Any, Path], None] | None:
+    """What reads a checkpoint's weights into the model; None if the Trainer can, as it can with PEFT's."""
+    if isinstance(model, PeftModel):
+        return None
+    own = model.state_dict()
+    if as_saved(model, own).keys() != own.keys():
+        return load_renamed
+    return load_weights if is_sharded(model) else None
 
 
 def damage(checkpoint: str) -> ValueError | None:

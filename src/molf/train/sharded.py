@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
+    FSDPModule,
     MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
@@ -195,6 +196,17 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     with _own_errors():
         load(weights, storage_reader=HuggingFaceStorageReader(str(folder)), planner=planner)
     set_model_state_dict(model, weights)
+
+
+def load_renamed(model: Any, folder: Path) -> None:
+    """Read weights that transformers saved under other names than the model's, through transformers, in fp32 at least.
+
+    Every process reads all of them, and of a sharded model takes its part.
+    """
+    made: Any = next(each for each in type(model).__mro__ if not issubclass(each, FSDPModule))
+    dtype = torch.promote_types(model.dtype, torch.float32)
+    weights = made.from_pretrained(folder, config=model.config, dtype=dtype).state_dict()
+    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True))
 
 
 @contextmanager

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.trainer_pt_utils import safe_globals
 
 from ..optim import MoLFConfig
@@ -102,20 +106,35 @@ def check_fits(folder: Path, model: Any, optimizer_cls_and_kwargs: tuple[Any, di
     else:
         own = model.state_dict()
         saved = _shapes(folder.glob("model*.safetensors"))
-    there = {local(own[name]).data_ptr() for name in own.keys() & saved.keys()}
-    tied = {name for name in own.keys() - saved.keys() if local(own[name]).data_ptr() in there}
-    lost = sorted(own.keys() - saved.keys() - tied)
-    for name in sorted(saved.keys() - own.keys()) or lost:
-        has, lacks = ("this model", "the checkpoint") if name in own else ("the checkpoint", "this model")
+    places: dict[int, dict[str, Tensor]] = defaultdict(dict)
+    for name, tensor in own.items():
+        places[local(tensor).data_ptr()][name] = tensor
+    together = [as_saved(model, each).keys() for each in places.values() if len(each) > 1]
+    tied = {name for names in together if names & saved.keys() for name in names}
+    expected = as_saved(model, own)
+    lost = sorted(expected.keys() - saved.keys() - tied)
+    for name in sorted(saved.keys() - expected.keys()) or lost:
+        has, lacks = ("this model", "the checkpoint") if name in expected else ("the checkpoint", "this model")
         raise ValueError(f"{folder} is of another model or method: {has} has {name}, {lacks} has not")
     for name, shape in saved.items():
-        if shape != tuple(own[name].shape):
-            raise ValueError(f"{folder} is of another model: {name} has shape {shape}, here {tuple(own[name].shape)}")
+        if shape != expected[name]:
+            raise ValueError(f"{folder} is of another model: {name} has shape {shape}, here {expected[name]}")
     config = (optimizer_cls_and_kwargs or (None, {}))[1].get("config")
     path = folder / SHARDED / REST if (folder / SHARDED).is_dir() else folder / "optimizer.pt"
     if path.name != REST and is_sharded(model):
         raise ValueError(f"{path} is whole and this run is sharded: continue without fsdp, as the run began")
     _check_experts(path, config if isinstance(config, MoLFConfig) else None)
+
+
+def as_saved(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes under which transformers saves these of a model's tensors.
+
+    Those of the published checkpoints, which for some models, such as mixtures of experts, are not the model's own.
+    """
+    found = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in tensors.items()}
+    if isinstance(model, PreTrainedModel):
+        found = revert_weight_conversion(model, found)
+    return {name: tuple(tensor.shape) for name, tensor in found.items()}
 
 
 def _check_adapter(folder: Path, own: Any) -> None:
