@@ -194,6 +194,10 @@ def test_what_does_not_fit(tmp_path, capsys, molf: Path, molf_e: Path) -> None:
     assert "rank=129: choose from 1 to 128" in refused(capsys, molf, "--to", "delta", "--rank", 129, *out)
     assert "rank=4: --to merged does not use it" in refused(capsys, molf, "--to", "merged", "--rank", 4, *out)
     assert "drop_other=True: --to merged does not" in refused(capsys, molf, "--to", "merged", "--drop_other", *out)
+    for size in ("abc", "5", "-5GB"):
+        assert f"max_shard_size={size}: give a number" in refused(
+            capsys, molf, "--to", "merged", f"--max_shard_size={size}", *out
+        )
     assert "dequantize: only --to merged of a run on a quantised" in refused(
         capsys, molf, "--to", "merged", "--dequantize", *out
     )

@@ -98,10 +98,18 @@ def test_a_plan_names_runs_by_what_they_are(tmp_path: Path) -> None:
     before = runs[0].key
     data.write_text("[2]")
     assert runs[0].key != before, "other data are another run"
+    (tmp_path / "folder" / "in").mkdir(parents=True)
+    (run,) = sweep.plan(["fft"], [1e-3], [0], {**COMMON, "dataset_path": str(tmp_path / "folder")}, {})
+    keys = [run.key]
+    for name, text in (("in/a.json", "[1]"), ("in/a.json", "[2]"), ("b.json", "[2]")):
+        (tmp_path / "folder" / name).write_text(text)
+        keys.append(run.key)
+    assert len(set(keys)) == 4, "other files of a folder, too"
     for arguments, message in (
         (([], [1e-3], [0]), "methods is empty"),
         ((["fft"], [], [0]), "learning_rates is empty"),
         ((["fft"], [1e-3, 1e-3], [0]), "twice"),
+        ((["fft"], [1e-3], [0, -1]), r"seeds=\[0, -1\]: a seed is from 0"),
     ):
         with pytest.raises(ValueError, match=message):
             sweep.plan(*arguments, COMMON, {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,8 @@ def _check(run: TrainedRun, options: ExportOptions) -> None:
             f"the run was trained on a base quantised to {run.quantization}; a merged model would not be: use --to "
             "adapter to serve it on that base, or --dequantize to merge into the weights that it was trained on"
         )
+    if not re.fullmatch(r"\d+(\.\d+)? ?[KMGT]B", options.max_shard_size, re.IGNORECASE):
+        raise ValueError(f"max_shard_size={options.max_shard_size}: give a number with KB, MB, GB or TB, such as 5GB")
     if options.dequantize and (to != "merged" or run.quantization == "none"):
         raise ValueError("dequantize: only --to merged of a run on a quantised base uses it; leave it out")
 

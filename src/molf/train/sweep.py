@@ -26,7 +26,7 @@ from typing import IO, Any
 import yaml
 from tqdm import tqdm
 
-from .files import write_json
+from .files import sha256, write_json
 
 WEIGHTS = ("*.safetensors", "tokenizer*", "training_args.bin")
 OWN = {"method", "learning_rate", "seed", "output_dir", "dry_run", "eval_at_end"}
@@ -67,10 +67,13 @@ class Run:
 
 
 def _fingerprint(path: Any) -> list[Any] | None:
-    """Size and hash of a data file, so that changed data are other runs."""
-    if path is None or not Path(path).is_file():
+    """Size and hash of a data file, or of every file of a folder, so that changed data are other runs."""
+    if path is None or not Path(path).exists():
         return None
-    return [Path(path).stat().st_size, hashlib.sha256(Path(path).read_bytes()).hexdigest()]
+    if Path(path).is_file():
+        return [Path(path).stat().st_size, sha256(Path(path))]
+    files = sorted(file for file in Path(path).rglob("*") if file.is_file())
+    return [[str(file.relative_to(path)), file.stat().st_size, sha256(file)] for file in files]
 
 
 def plan(
@@ -91,6 +94,8 @@ def plan(
             raise ValueError(f"{name} is empty: give at least one")
         if len(set(values)) != len(values):
             raise ValueError(f"{name}={list(values)} has an entry twice: list each once")
+    if not all(0 <= seed < 2**32 for seed in seeds):
+        raise ValueError(f"seeds={list(seeds)}: a seed is from 0 to 2**32 - 1")
     unknown = sorted(per_method.keys() - set(methods))
     if unknown:
         raise ValueError(f"options are given for {', '.join(unknown)}, which is not in methods={list(methods)}")
