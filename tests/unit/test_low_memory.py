@@ -207,3 +207,24 @@ def test_steps_in_the_backward_pass_free_gradients_and_refuse_accumulation() -> 
         MoLFConfig(step_in_backward=True, max_grad_norm=1.0)
     with pytest.raises(NonFiniteGradientError, match="nothing was updated"):
         (model(input_ids=ids, labels=ids).loss * torch.inf).backward()
+
+
+def test_a_group_that_is_added_is_stepped_in_the_backward_pass_too() -> None:
+    model, extra = nn.Sequential(nn.Linear(4, 2)), nn.Parameter(torch.ones(2))
+    optimizer = create_molf_optimizer(model, MoLFConfig(expert_ranks=(2,), step_in_backward=True, **RATES))
+    optimizer.add_param_group({"params": extra, "lr": 0.1})
+    for _ in range(2):
+        (model(torch.ones(1, 4)) * extra).sum().backward()
+        assert extra.grad is None
+        optimizer.step()
+    assert (extra != 1).all()
+    assert optimizer.state[extra]["step"] == 2
+
+
+def test_a_layer_whose_bias_was_frozen_since_is_named_when_it_steps_in_the_backward_pass() -> None:
+    model = nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 2))
+    optimizer = create_molf_optimizer(model, MoLFConfig(expert_ranks=(2,), step_in_backward=True, **RATES))
+    model[0].bias.requires_grad_(False)
+    model(torch.ones(1, 4)).sum().backward()
+    with pytest.raises(RuntimeError, match="0: some of its weight, bias and adapter have a gradient"):
+        optimizer.step()

@@ -23,13 +23,20 @@ class BackwardHooks:
     """
 
     def __init__(self, units: Units, on_ready: Callable[[int], None]) -> None:
-        self.units, self.on_ready = units, on_ready
+        self.units: list[Sequence[Tensor]] = []
+        self.on_ready = on_ready
         self.stepped: set[int] = set()
-        self._unit = {id(parameter): i for i, unit in enumerate(units) for parameter in unit}
+        self._unit: dict[int, int] = {}
         for unit in units:
-            for parameter in unit:
-                if parameter.requires_grad:
-                    parameter.register_post_accumulate_grad_hook(self._on_gradient)
+            self.add(unit)
+
+    def add(self, unit: Sequence[Tensor]) -> None:
+        """Watch another unit."""
+        for parameter in unit:
+            self._unit[id(parameter)] = len(self.units)
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self._on_gradient)
+        self.units.append(unit)
 
     def _on_gradient(self, parameter: Tensor) -> None:
         index = self._unit[id(parameter)]

@@ -62,8 +62,8 @@ class MoLFAdamW(MoLFStep):
         if not modules:
             raise ValueError("modules=(): nothing would be routed; make it by create_molf_optimizer(model, config)")
         self._awaits_gradient: set[str] = set()
-        super().__init__(params, config, modules)
         self._in_backward: BackwardHooks | None = None
+        super().__init__(params, config, modules)
         if config.step_in_backward:
             units = [[self._parameter(slot) for slot in module.slots] for module in self.modules]
             units += [[each.parameter] for each in self._others()]
@@ -76,6 +76,13 @@ class MoLFAdamW(MoLFStep):
                 "an optimizer with step_in_backward=True has hooks on its model: use state_dict() for copies"
             )
         return {**super().__getstate__(), "_awaits_gradient": self._awaits_gradient, "_in_backward": None}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As of the state; with ``step_in_backward`` these parameters, too, are stepped in the backward pass."""
+        super().add_param_group(param_group)
+        if self._in_backward is not None:
+            for parameter in self.param_groups[-1]["params"]:
+                self._in_backward.add([parameter])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a saved state; the first step then looks that every routed module still takes part.
@@ -115,7 +122,7 @@ class MoLFAdamW(MoLFStep):
         if processes() > 1:
             self._check_processes()
         self._check_written()
-        present = [[p.grad is not None for p in group["params"]] for group in self.param_groups]
+        present = self._present()
         whole = all(map(all, present))
         active = [module for module in self.modules if whole or _has_gradients(module, present)]
         self._check_resumed({module.name for module in active})
@@ -146,12 +153,20 @@ class MoLFAdamW(MoLFStep):
 
     def _finish_backward(self, hooks: BackwardHooks) -> None:
         """What is left of the step when the backward pass has made it."""
+        present = self._present()
+        for index, module in enumerate(self.modules):
+            if index not in hooks.stepped:
+                _has_gradients(module, present)  # a module that still waits for one of them is an error
         stepped = {self.modules[index].name for index in hooks.stepped if index < len(self.modules)}
         self._check_resumed(stepped)
         if not hooks.stepped:
             self.decisions = []
         hooks.stepped.clear()
         self._remember_written()
+
+    def _present(self) -> list[list[bool]]:
+        """Which parameters have a gradient, by group."""
+        return [[p.grad is not None for p in group["params"]] for group in self.param_groups]
 
     def _check_resumed(self, active: set[str]) -> None:
         """After a resume, every module that had taken part in all steps must take part again."""
@@ -166,7 +181,11 @@ class MoLFAdamW(MoLFStep):
 
 
 def _has_gradients(module: RoutedModule, present: Sequence[Sequence[bool]]) -> bool:
-    """Whether the module takes part in a step; ``present`` says by group which parameters have a gradient."""
+    """Whether the module takes part in a step; ``present`` says by group which parameters have a gradient.
+
+    Raises:
+        RuntimeError: If some of the module's have one and some have none.
+    """
     found = [present[group][index] for group, index in module.slots]
     if any(found) and not all(found):
         raise RuntimeError(
