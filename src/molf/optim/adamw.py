@@ -18,15 +18,6 @@ from torch import Tensor
 from .quantized import as_float
 
 
-class Trained(NamedTuple):
-    """A trained tensor and its moments, all of one shape; ``store``, if there is one, takes the value, rounded."""
-
-    value: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    store: Tensor | None = None
-
-
 class Coefficients(NamedTuple):
     """The numbers of an AdamW step, broadcastable to the tensor that they update.
 

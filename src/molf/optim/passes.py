@@ -182,11 +182,6 @@ def _is_flat(tensor: Tensor | None) -> bool:
     return tensor is None or (tensor.is_contiguous() and not is_quantized(tensor))
 
 
-def size_of(job: Job) -> int:
-    """Elements of each of its tensors."""
-    return job[0].numel()
-
-
 def _alike(job: Job) -> tuple[Any, ...]:
     return tuple(None if t is None else (t.shape, t.dtype, t.device, is_quantized(t)) for t in job)
 

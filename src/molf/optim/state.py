@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import quantized, virtual
-from .adamw import Trained, moment_dtype
+from .adamw import moment_dtype
 from .checkpoint import check_loadable, with_bare_groups
 from .config import MoLFConfig
 from .guards import WrittenTensors
@@ -19,7 +19,7 @@ from .layout import RoutedModule, Slot
 from .passes import Passes
 from .scalars import numbers
 from .sharding import ProcessesDifferError, Shards, compare_replicas, fitted, local
-from .stacks import Unrouted
+from .stacks import MOMENTS, Unrouted
 from .virtual import Products
 
 _IN_EVERY_GROUP = tuple("betas eps expert_ranks scales score_fn top_k policy random_shares policy_seed".split())
@@ -183,18 +183,13 @@ class MoLFState(Optimizer):
         state = {"step": torch.tensor(0.0, device="cpu")}
         if dtype != parameter.dtype and self.config.keep_base:
             state["base"] = parameter.detach().to(dtype, copy=True)
-        zeros = self._zeros if expert in self._lora_experts else self._dense_zeros
-        if expert != "base":
-            state["exp_avg"] = zeros(parameter)
-            state["exp_avg_sq"] = zeros(parameter, signed=False)
+        in_8_bits = self.config.moments_8bit and expert not in self._lora_experts  # LoRA's are small
+        for name in MOMENTS if expert != "base" else ():
+            if in_8_bits:
+                state[name] = quantized.zeros(parameter, signed=name == "exp_avg")
+            else:
+                state[name] = torch.zeros_like(parameter, dtype=dtype)
         return state
-
-    def _zeros(self, like: Tensor, signed: bool = True) -> Tensor:
-        return torch.zeros_like(like, dtype=moment_dtype(like))
-
-    def _dense_zeros(self, like: Tensor, signed: bool = True) -> Tensor:
-        """Moments of what is no LoRA expert's, whose own are small and stay in full precision."""
-        return quantized.zeros(like, signed=signed) if self.config.moments_8bit else self._zeros(like)
 
     def _is_virtual(self, module: RoutedModule) -> bool:
         """Whether its LoRA experts are state beside the weight."""
@@ -306,28 +301,20 @@ class MoLFState(Optimizer):
     def _lora_experts(self) -> tuple[str, ...]:
         return self.experts[int(self.config.train_base) :]
 
-    def _trained(self, parameter: Tensor, values: dict[int, Tensor] | None = None) -> Trained:
-        """A parameter's precise value with its moments: of a sharded one, the parts that this process holds.
+    def _precise(self, parameter: Tensor, values: dict[int, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """A parameter's precise value, and itself where it takes that rounded: of a sharded one, this process's part.
 
         Args:
             parameter: Of a group.
             values: Takes, by the parameter's id, a precise value that is in no state: of a 16-bit parameter without a
-                master. None: the value is not needed.
+                master.
         """
         state = self.state[parameter]
-        value, store = state.get("base", parameter), None
-        if "base" in state and "lora_A" not in state:
-            store = parameter
-        if values is not None and "base" not in state:
-            if moment_dtype(parameter) != parameter.dtype:
-                values.setdefault(id(parameter), local(parameter.detach()).to(moment_dtype(parameter)))
-            value = values.get(id(parameter), parameter)
-        return Trained(
-            local(value),
-            local(state["exp_avg"]),
-            local(state["exp_avg_sq"]),
-            None if store is None else local(store),
-        )
+        if "base" in state:
+            return local(state["base"]), None if "lora_A" in state else local(parameter)
+        if moment_dtype(parameter) != parameter.dtype:
+            values.setdefault(id(parameter), local(parameter.detach()).to(moment_dtype(parameter)))
+        return local(values.get(id(parameter), parameter)), None
 
     def _per_rank(self, per_expert: Sequence[float], like: Tensor) -> Tensor:
         """One number per LoRA expert, spread over the rank axis, (R,)."""

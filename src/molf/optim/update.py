@@ -84,7 +84,7 @@ class MoLFUpdate(MoLFState):
             value = part.joined(held) if part.value is None else part.value
             written.append((part, value, held, which))
             return value, part.exp_avg, part.exp_avg_sq, None, winner
-        value, _, _, store = self._trained(part.parameters[0], values)
+        value, store = self._precise(part.parameters[0], values)
         if part.turned:
             value, store = value.T, None if store is None else store.T
         return value, part.exp_avg, part.exp_avg_sq, store, winner
