@@ -10,7 +10,8 @@ from torch.optim import Optimizer
 from .quantized import as_float, is_quantized
 from .sharding import anywhere, local
 
-_SETTINGS = tuple("expert expert_ranks scales score_fn top_k policy random_shares policy_seed param_names".split())
+DECISIVE = tuple("expert_ranks scales score_fn top_k policy random_shares policy_seed".split())
+"""Settings of ``MoLFConfig`` that every group has, and that have to be the same where a state is loaded."""
 
 
 def with_bare_groups(state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -45,7 +46,7 @@ def check_loadable(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
             f"the optimizer state has the groups {names[0]}, this optimizer has {names[1]}: use the same config"
         )
     for saved, own in zip(saved_groups, groups, strict=True):
-        for key in _SETTINGS:
+        for key in ("expert", *DECISIVE, "param_names"):
             if key not in saved or _plain(saved[key]) != _plain(own[key]):
                 difference = _difference(_plain(saved.get(key)), _plain(own[key]))
                 raise ValueError(f"the optimizer state was made with {key}={difference}: use the same config and model")

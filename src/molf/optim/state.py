@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from . import quantized, virtual
 from .adamw import moment_dtype
-from .checkpoint import check_loadable, with_bare_groups
+from .checkpoint import DECISIVE, check_loadable, with_bare_groups
 from .config import MoLFConfig
 from .guards import WrittenTensors
 from .layout import RoutedModule, Slot
@@ -21,8 +21,6 @@ from .scalars import numbers
 from .sharding import ProcessesDifferError, Shards, compare_replicas, fitted, local
 from .stacks import MOMENTS, Unrouted
 from .virtual import Products
-
-_IN_EVERY_GROUP = tuple("betas eps expert_ranks scales score_fn top_k policy random_shares policy_seed".split())
 
 
 class MoLFState(Optimizer):
@@ -47,7 +45,7 @@ class MoLFState(Optimizer):
             "lr": config.lr if config.train_base else config.lora_lr,  # schedulers relate a least rate to it
             "weight_decay": 0.0,
             "expert": "other",
-            **{name: getattr(config, name) for name in _IN_EVERY_GROUP},
+            **{name: getattr(config, name) for name in ("betas", "eps", *DECISIVE)},
         }
         super().__init__(params, defaults)
         every = [p for group in self.param_groups for p in group["params"]]

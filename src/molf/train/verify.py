@@ -18,6 +18,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.trainer_pt_utils import safe_globals
 
 from ..optim import MoLFConfig
+from ..optim.checkpoint import DECISIVE
 from ..optim.sharding import local
 from .distributed import is_sharded
 from .files import sha256
@@ -153,7 +154,7 @@ def _check_experts(path: Path, config: MoLFConfig | None) -> None:
             one, other = ("AdamW's", "MoLFAdamW") if config else ("MoLFAdamW's", "another optimizer")
             raise ValueError(f"{path} is {one}, and this run has {other}: continue with the same method")
         return
-    for key in ("expert_ranks", "scales", "score_fn", "top_k", "policy", "random_shares", "policy_seed"):
+    for key in DECISIVE:
         old, new = (list(x) if isinstance(x, tuple) else x for x in (saved[key], getattr(config, key)))
         if old != new:
             raise ValueError(f"{path} was made with {key}={old}, this run has {new}: continue with the same options")
