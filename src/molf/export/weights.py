@@ -80,7 +80,7 @@ def write_adapter(config: Any, tensors: Mapping[str, Tensor], folder: Path) -> N
     save_file({key: value.contiguous() for key, value in tensors.items()}, folder / ADAPTER, {"format": "pt"})
 
 
-def write_experts(run: TrainedRun, folder: Path, dtype: torch.dtype | None) -> list[str]:
+def write_experts(run: TrainedRun, folder: Path, dtype: torch.dtype) -> list[str]:
     """One adapter per LoRA expert, in a subfolder each; their sum is the whole adapter.
 
     The stacked adapter has A = [A_1; A_2; ...] and B̃ = [f_1 B_1 | f_2 B_2 | ...] with f_i = s_i / c, c its own scaling.
@@ -102,6 +102,6 @@ def write_experts(run: TrainedRun, folder: Path, dtype: torch.dtype | None) -> l
         }
         config = copy.deepcopy(whole)
         config.r, config.lora_alpha, config.use_rslora = rank, scale * rank, False
-        write_adapter(config, {key: value.to(dtype or value.dtype) for key, value in own.items()}, folder / name)
+        write_adapter(config, {key: value.to(dtype) for key, value in own.items()}, folder / name)
         start += rank
     return names

@@ -117,14 +117,13 @@ def mentioned_values(query: str, schema: dict[str, Table]) -> dict[str, list[str
     return found
 
 
-def fill(schema: dict[str, Table], mentioned: dict[str, list[str]], seed: int, rows: int = ROWS) -> str:
+def fill(schema: dict[str, Table], mentioned: dict[str, list[str]], seed: int) -> str:
     """INSERT statements that fill every table.
 
     Args:
         schema: From ``read_schema``.
         mentioned: From ``mentioned_values``.
         seed: The same seed gives the same rows.
-        rows: At most this many per table.
 
     Returns:
         SQL to append to the context. Primary keys are unique. A foreign key repeats a row of its parent; in a circle
@@ -137,9 +136,9 @@ def fill(schema: dict[str, Table], mentioned: dict[str, list[str]], seed: int, r
         made[low] = []
         seen: set[tuple[str, ...]] = set()
         keys = [name for name, column in table.columns.items() if column.key]
-        for _ in range(rng.randrange(rows // 2, rows + 1)):
+        for _ in range(rng.randrange(ROWS // 2, ROWS + 1)):
             for _ in range(_TRIES):
-                row = _row(table, made, mentioned, rng, rows)
+                row = _row(table, made, mentioned, rng)
                 key = tuple(row[name] for name in keys) if row else ()
                 if row and (not keys or key not in seen):
                     made[low].append(row)
@@ -170,7 +169,7 @@ def _parents_first(schema: dict[str, Table]) -> list[str]:
 
 
 def _row(
-    table: Table, made: dict[str, list[dict[str, str]]], mentioned: dict[str, list[str]], rng: random.Random, rows: int
+    table: Table, made: dict[str, list[dict[str, str]]], mentioned: dict[str, list[str]], rng: random.Random
 ) -> dict[str, str]:
     """A row as SQL literals; empty if the parents' rows do not fit together."""
     row: dict[str, str] = {}
@@ -186,11 +185,11 @@ def _row(
             row |= {mine: "NULL" for mine, _ in key.columns if not table.columns[mine].key and mine not in row}
     for name, column in table.columns.items():
         if name not in row:
-            row[name] = _literal(column, mentioned.get(name, []), rng, rows)
+            row[name] = _literal(column, mentioned.get(name, []), rng)
     return row
 
 
-def _literal(column: Column, mentioned: list[str], rng: random.Random, rows: int) -> str:
+def _literal(column: Column, mentioned: list[str], rng: random.Random) -> str:
     """A random SQL literal that suits the column's declared type."""
     if not column.key and not column.required and rng.random() < 0.05:
         return "NULL"
@@ -203,10 +202,10 @@ def _literal(column: Column, mentioned: list[str], rng: random.Random, rows: int
         return _text(f"{day} {rng.randrange(24):02}:{rng.randrange(60):02}:00" if "TIME" in column.type else day)
     if "INT" in column.type or re.search("REAL|FLOA|DOUB|NUM|DEC|YEAR", column.type):
         if column.key:
-            return str(rng.randrange(1, 3 * rows))
+            return str(rng.randrange(1, 3 * ROWS))
         whole = "INT" in column.type or rng.random() < 0.5
         return str(rng.randrange(30) if whole else rng.randrange(8000) / 4)
-    word, number = rng.choice(_WORDS), rng.randrange(rows)
+    word, number = rng.choice(_WORDS), rng.randrange(ROWS)
     if column.key:
         return _text(f"{word} {number}")
     return _text(rng.choice((word, word, word, f"{word} {number}", str(number))))  # numbers: some sum up a TEXT column
