@@ -9,7 +9,7 @@ from torch import nn
 
 from .config import MoLFConfig
 from .layout import RoutedModule, Slot
-from .modules import Target, apply_trainability, find_routed, outside_adapter
+from .modules import Target, apply_trainability, find_routed, listed, outside_adapter
 from .molf_adamw import MoLFAdamW
 from .sharding import check_sharding, refuse_flattened
 
@@ -179,10 +179,8 @@ def molf_lora_config(config: MoLFConfig, **kwargs: Any) -> LoraConfig:
         "lora_alpha": total,
         "use_rslora": False,
         "lora_dropout": config.lora_dropout,
-        "target_modules": config.target_modules
-        if isinstance(config.target_modules, str)
-        else list(config.target_modules),
-        "exclude_modules": config.exclude_modules,
+        "target_modules": listed(config.target_modules),
+        "exclude_modules": listed(config.exclude_modules),
         "bias": "none",
     }
     clash = sorted(own.keys() & kwargs.keys())

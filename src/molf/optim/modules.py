@@ -103,8 +103,8 @@ def _matching(model: nn.Module, config: MoLFConfig) -> list[tuple[str, nn.Module
     exclude = config.exclude_modules
     every = config.target_modules == "all-linear"
     rule = LoraConfig(
-        target_modules=".*" if every else _listed(config.target_modules),
-        exclude_modules=_listed(exclude),
+        target_modules=".*" if every else listed(config.target_modules),
+        exclude_modules=listed(exclude),
     )
     heads = _output_heads(model) if every else set()
     candidates = [
@@ -120,7 +120,8 @@ def _matching(model: nn.Module, config: MoLFConfig) -> list[tuple[str, nn.Module
         ) from error
 
 
-def _listed(patterns: str | Sequence[str] | None) -> str | list[str] | None:
+def listed(patterns: str | Sequence[str] | None) -> str | list[str] | None:
+    """Patterns as PEFT takes them: a string, or a list and no other sequence."""
     return patterns if patterns is None or isinstance(patterns, str) else list(patterns)
 
 

@@ -14,6 +14,7 @@ from ..optim import MoLFAdamW
 from ..optim.layout import Slot
 from ..optim.names import places
 from ..optim.routing import unscored
+from ..optim.sharding import local
 
 SAMPLE = 4096
 """Elements per weight that ``LostUpdates`` looks at."""
@@ -138,8 +139,7 @@ class LostUpdates:
 
     def _sample(self, slot: Slot) -> Tensor:
         """At most 4,096 elements at even distances; of a sharded weight, of this process's part."""
-        weight = self._weight(slot).detach()
-        flat = getattr(weight, "_local_tensor", weight).flatten()
+        flat = local(self._weight(slot).detach()).flatten()
         return flat[:: max(1, -(-flat.numel() // SAMPLE))]
 
     def _weight(self, slot: Slot) -> Tensor:
