@@ -255,7 +255,8 @@ def read_routing(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[dic
 def unscored(record: dict[str, Any]) -> bool:
     """Whether all scores of a step are 0, as at a learning rate of 0: nothing was compared, and the first expert won.
 
-    Statistics of the routing leave such a step out, which the warm-up of most schedules begins with.
+    Reports and training logs leave such a step out, which the warm-up of most schedules begins with; the log has it,
+    and ``expert_share`` counts it.
     """
     rows = [row for row in record["scores"] if row is not None]
     return bool(rows) and not any(map(any, rows))

@@ -100,7 +100,8 @@ class Stacks:
         config: Which experts there are, and whether W is kept.
 
     Attributes:
-        all: The stacks, in the order of their first modules.
+        all: The stacks; those of modules that are alike follow each other.
+        others: The stacks of parameters that are not routed.
         position: Where each parameter's step counter is, by the parameter's id.
     """
 
@@ -213,7 +214,7 @@ class Stacks:
         return self._single_others[other.name]
 
     def _grouped(self, modules: Iterable[RoutedModule]) -> list[list[RoutedModule]]:
-        """Modules that are alike together, in the order of their first ones."""
+        """Modules that are alike together, kind after kind, as many to a stack as it may have."""
         groups: dict[tuple[int, Any], list[RoutedModule]] = defaultdict(list)
         for module in modules:
             tensors, most = [self._parameter(slot) for slot in module.slots], self._most(module)

@@ -1,4 +1,4 @@
-"""Several processes: what is refused, how a model is sharded, and what the processes must agree on."""
+"""Several processes: what is refused before they train, and what they must agree on."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """A sweep: methods x learning rates x seeds, each run one ``molf train``, each result one JSON file.
 
-A result is named by a hash of its resolved configuration, so a sweep that was interrupted goes on where it stopped,
-a finished run is never run again, and several processes may share one folder: a run is claimed by a file lock, which
-the system releases when the sweep and the run that it started have ended, however they end.
+A result is named by a hash of the options given and of the data, so a sweep that was interrupted goes on where it
+stopped, a finished run is never run again, and several processes may share one folder: a run is claimed by a file lock,
+which the system releases when the sweep and the run that it started have ended, however they end.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Run:
 
     @property
     def key(self) -> str:
-        """Sixteen hex digits of the hash of the resolved configuration and of the data that it names."""
+        """Sixteen hex digits of the hash of the options given and of the data that they name."""
         text = json.dumps(
             [self.arguments, _fingerprint(dict(self.options).get("dataset_path"))], sort_keys=True, default=str
         )
