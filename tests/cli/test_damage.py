@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -326,6 +327,28 @@ def test_no_memory_is_one_line(tmp_path, facts, capsys, monkeypatch) -> None:
     monkeypatch.setattr(molf.cli.train, "train", failing(RuntimeError("a defect")))
     with pytest.raises(RuntimeError, match="a defect"):
         main(command(facts, tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (transformers.AutoModelForCausalLM, "from_pretrained"),
+        (peft.AutoPeftModelForCausalLM, "from_pretrained"),
+        (peft.PeftModel, "from_pretrained"),
+        (molf.train.run, "_Trainer"),
+        (molf.train.run._Trainer, "save_model"),
+    ],
+)
+def test_no_memory_is_no_damaged_file_and_no_full_disk(
+    tmp_path, trained, facts, capsys, monkeypatch, owner: Any, name: str
+) -> None:
+    words = command(facts, tmp_path / "run", "--save_strategy", "no")
+    if owner is peft.AutoPeftModelForCausalLM:
+        words = ["eval", "--model", str(trained("lora")), "--task", "fact", "--dataset_path", str(facts), "--use_cpu"]
+    elif owner is peft.PeftModel:
+        words = ["export", str(trained("lora")), "--to", "adapter", "--output_dir", str(tmp_path / "export")]
+    monkeypatch.setattr(owner, name, lambda *_, **__: torch.empty(2**55))
+    assert fails(capsys, words).startswith("molf: error: out of memory: ")
 
 
 def test_a_file_in_the_place_of_a_folder_is_named(tmp_path, capsys, facts) -> None:

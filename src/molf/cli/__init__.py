@@ -8,10 +8,8 @@ import time
 from collections.abc import Sequence
 from importlib import import_module
 
-import torch
-
 from ..optim import CompileError, NonFiniteError, ProcessesDifferError, ResumeError
-from ..train.distributed import lost_process
+from ..train.errors import lost_process, out_of_memory
 
 COMMANDS = {
     "demo": "fine-tune the bundled model by every method and compare",
@@ -73,18 +71,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if lost_process(error):
             reason = str(error).rpartition("] ")[2].split(". ")[0]  # after gloo's place in the code, before its advice
             return _fail(f"another process of this run has ended ({reason}). {_CONTINUE}")
-        if not _out_of_memory(error):
+        if not out_of_memory(error):
             raise
         return _fail(f"out of memory: {str(error).strip() or type(error).__name__}. {_SMALLER}")
     except KeyboardInterrupt:
         print("molf: interrupted", file=sys.stderr)
         return 130
     return 0
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """There is a class for an accelerator's memory, and a RuntimeError like any other for the CPU's."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 def _fail(message: str) -> int:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ..optim import MoLFConfig
+from ..train.errors import of_the_machine
 from ..train.load import load_model, load_tokenizer, naming
 from ..train.methods import METHODS
 from ..train.quantize import PACKAGES, quantized
@@ -90,6 +91,8 @@ class TrainedRun:
                 warnings.filterwarnings("error", message="Found missing adapter keys", category=UserWarning)
                 return PeftModel.from_pretrained(base, str(self.folder)).eval(), dtype
         except (SafetensorError, RuntimeError, UserWarning, ValueError, KeyError, TypeError) as error:
+            if of_the_machine(error):
+                raise
             reason = " ".join(str(error).split())[:200]
             raise ValueError(f"the adapter of {self.folder} is damaged or of another base: {reason}") from error
 

@@ -16,7 +16,8 @@ from transformers import TrainerState
 
 from ..optim import MoLFAdamW
 from ..optim.modules import outside_adapter
-from .distributed import from_all, from_first, is_sharded, lost_process
+from .distributed import from_all, from_first, is_sharded
+from .errors import of_the_machine
 from .files import sha256, sync, write_json
 from .sharded import load_optimizer, load_renamed, load_weights, save_optimizer
 from .verify import MANIFEST, SHARDED, UNFINISHED, as_saved, check_checkpoint, check_fits, checkpoints
@@ -221,7 +222,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        if lost_process(error):
+        if of_the_machine(error):
             raise
         free = shutil.disk_usage(path.parent).free / 2**20
         raise OSError(

@@ -161,11 +161,6 @@ def first_error(error: T | None, least: Callable[[T], Any] = lambda _: 0) -> T |
     return min((each for each in from_all(error) if each is not None), key=least)
 
 
-def lost_process(error: BaseException) -> bool:
-    """Whether another process has ended: NCCL's errors have a class; gloo's are RuntimeErrors like any other."""
-    return isinstance(error, torch.distributed.DistError) or "third_party/gloo" in str(error)
-
-
 def is_sharded(model: nn.Module) -> bool:
     """Whether FSDP2 shards parameters of the model."""
     return any(is_distributed(parameter) for parameter in model.parameters())

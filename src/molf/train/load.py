@@ -25,6 +25,7 @@ from transformers.utils.hub import extract_commit_hash
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..optim.modules import keep_differentiable
+from .errors import of_the_machine
 
 _PACKAGES = ("molf", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
 
@@ -93,6 +94,8 @@ def load_model(name: str, dtype: str, **hub: Any) -> Any:
     except OSError as error:
         raise OSError(f"{error} {_NO_PICKLES}" if "safetensors" in str(error) else str(error)) from error
     except (SafetensorError, RuntimeError) as error:  # RuntimeError: shapes that are not the configuration's
+        if of_the_machine(error):
+            raise
         raise _damaged(name, error) from error
     except ImportError as error:
         raise ValueError(str(error)) from error
@@ -144,6 +147,8 @@ def load_trained(name: str, dtype: str, eos_token: str | None = None, **hub: Any
             warnings.filterwarnings("error", message="Found missing adapter keys", category=UserWarning)
             model = AutoPeftModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, **hub)
     except (SafetensorError, RuntimeError, UserWarning) as error:
+        if of_the_machine(error):
+            raise
         raise _damaged(name, error) from error
     return model, tokenizer
 

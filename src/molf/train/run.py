@@ -33,7 +33,8 @@ from .arguments import MethodArguments, TrainArguments
 from .callbacks import PlanCallback, RoutingCallback, SpeedCallback, before_loggers
 from .checkpoints import WholeCheckpoints, writing
 from .data import evaluation_records, fit_examples, load_data
-from .distributed import check_alike, from_first, is_sharded, lost_process
+from .distributed import check_alike, from_first, is_sharded
+from .errors import of_the_machine
 from .evaluation import ScoredEvaluation
 from .files import sync, write_json
 from .load import hub_commit, load_model, load_tokenizer, naming, versions
@@ -151,7 +152,7 @@ def _make_trainer(method: str, **arguments: Any) -> Any:
     try:
         trainer: Any = (_AdaLoraTrainer if method == "adalora" else _Trainer)(**arguments)
     except (RuntimeError, ImportError, HTTPError) as error:  # such as a logger that is not installed, or push_to_hub
-        if lost_process(error):
+        if of_the_machine(error):
             raise
         raise ValueError(f"the trainer cannot be made: {error}") from error
     keep_adapters_in_fp32(trainer.model)
