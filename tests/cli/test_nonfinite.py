@@ -12,12 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_resume import assert_identical
+from torch import nn
 from transformers import TrainerCallback
 
 import molf.train.run
-from molf import read_routing
+from molf import NonFiniteError, read_routing
 from molf.assets import BUNDLED_MODEL
 from molf.cli import main
+from molf.train.nonfinite import check_state
 from molf.train.resume import check_checkpoint
 
 ARGUMENTS = [
@@ -127,6 +129,17 @@ def test_the_run_stops_with_a_name_and_a_good_checkpoint(
     weights = load_file(next((out / "checkpoint-1").glob("*.safetensors")))
     assert all(value.isfinite().all() for value in weights.values())
     assert not list(out.glob("*.safetensors"))
+
+
+def test_the_moment_of_a_single_number_is_looked_at_too() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 1)).sum().backward()
+    optimizer.step()
+    check_state(model, optimizer)
+    optimizer.state[model.weight]["exp_avg"].fill_(torch.nan)
+    with pytest.raises(NonFiniteError, match="exp_avg of weight is not finite"):
+        check_state(model, optimizer)
 
 
 @pytest.mark.parametrize("method", ["fft", "molf"])

@@ -175,7 +175,7 @@ def check_state(model: nn.Module, optimizer: Any) -> None:
         (f"{key} of {names.get(id(parameter), 'a parameter')}", local(as_float(value)))
         for parameter, state in optimizer.state.items()
         for key, value in state.items()
-        if isinstance(value, Tensor) and value.is_floating_point() and value.numel() > 1
+        if isinstance(value, Tensor) and value.is_floating_point()
     ]
     name = _first_broken(named)
     if name is not None:
