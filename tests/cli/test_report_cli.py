@@ -209,6 +209,9 @@ def test_what_is_refused(tmp_path, capsys) -> None:
     assert "routing.jsonl, line 3, is damaged" in fails(capsys, "report", run)
     (run / "routing.jsonl").write_text("\n".join([*lines[:2], lines[2][:40], lines[3]]) + "\n")
     assert "routing.jsonl, line 3, is damaged" in fails(capsys, "report", run)
+    for header in ('{"schema": 1}', '{"schema": 1, "modules": ["a"], "experts": null}'):
+        (run / "routing.jsonl").write_text("\n".join([header, *lines[1:]]) + "\n")
+        assert "routing.jsonl, line 1, is damaged" in fails(capsys, "report", run)
     (run / "routing.jsonl").write_text("")
     assert "is no routing log" in fails(capsys, "report", run)
     (run / "run.json").write_text("[]")
