@@ -229,6 +229,16 @@ def test_auto_starts_continues_and_ends(tmp_path, trained, facts, capsys) -> Non
     assert "holds checkpoint-9 of an earlier run" in fails(capsys, command(facts, tmp_path / "other"))
 
 
+@pytest.mark.parametrize("name", ["run.json", "metrics.json"])
+@pytest.mark.parametrize("text", ['{"steps": ', "[1]"])
+def test_what_a_run_says_of_itself_is_named_if_it_is_damaged(tmp_path, trained, facts, capsys, name, text) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(trained("molf"), out)
+    (out / name).write_text(text)
+    error = fails(capsys, command(facts, out, "--resume_from_checkpoint", "auto"))
+    assert f"{out / name} is damaged: " in error
+
+
 def test_a_run_that_was_started_again_has_no_result_until_it_ends(tmp_path, trained, facts, monkeypatch) -> None:
     def interrupted(*arguments: Any) -> None:  # no signal: a shell's background jobs ignore SIGINT
         raise KeyboardInterrupt

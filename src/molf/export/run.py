@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import nn
 
 from ..optim import MoLFConfig
 from ..train.errors import of_the_machine
+from ..train.files import read_json
 from ..train.load import load_model, load_tokenizer, naming
 from ..train.methods import METHODS
 from ..train.quantize import PACKAGES, quantized
@@ -148,13 +148,7 @@ def _read(path: Path, problem: str) -> dict[str, Any]:
     if not path.is_file():
         remedy = f": {_CONTINUE}" if path.name == "metrics.json" else ""
         raise ValueError(f"{problem} (no {path.name} in it){remedy}")
-    try:
-        found: dict[str, Any] = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} is damaged: it holds no mapping")
-    return found
+    return read_json(path)
 
 
 def in_float32(model: Any) -> tuple[Any, torch.dtype]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..optim.routing import stream_routing, unscored
+from ..train.files import read_json
 
 _OTHER_TRAINER: dict[str, Any] = {"method": {"method": "-", "model_name_or_path": ""}, "molf": {}, "training": {}}
 
@@ -99,25 +99,15 @@ def _read_run(folder: Path, name: str) -> Run:
         inside = sorted(str(path.parent) for path in folder.glob("*/run.json"))
         hint = f"; the runs in it are {' '.join(inside)}" if inside else ""
         raise ValueError(f"{folder} is no run, because it has no run.json and no routing.jsonl{hint}")
-    config: dict[str, Any] = _read_json(folder / "run.json") if own else _OTHER_TRAINER
+    config: dict[str, Any] = read_json(folder / "run.json") if own else _OTHER_TRAINER
     for part in ("method", "molf", "training"):
         if not isinstance(config.get(part), dict):
             raise ValueError(f"{folder / 'run.json'} has no {part!r}: it was not written by molf train")
-    metrics = _read_json(folder / "metrics.json") if (folder / "metrics.json").is_file() else {}
+    metrics = read_json(folder / "metrics.json") if (folder / "metrics.json").is_file() else {}
     routing = read_routing_log(log) if log.is_file() else None
     if routing is not None and not len(routing.steps):  # killed before its first step that compared anything
         routing = None
     return Run(name, folder, config, metrics, _history(folder), routing)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: it holds no mapping")
-    return content
 
 
 def _history(folder: Path) -> list[dict[str, Any]]:
@@ -125,7 +115,7 @@ def _history(folder: Path) -> list[dict[str, Any]]:
     checkpoints = [(int(found[1]), path) for path in folder.glob("checkpoint-*") if (found := _numbered(path.name))]
     for path in [folder, *(path for _, path in sorted(checkpoints, reverse=True))]:
         if (path / "trainer_state.json").is_file():
-            history = _read_json(path / "trainer_state.json").get("log_history", [])
+            history = read_json(path / "trainer_state.json").get("log_history", [])
             return [entry for entry in history if isinstance(entry, dict) and "step" in entry]
     return []
 

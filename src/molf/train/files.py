@@ -19,6 +19,22 @@ def write_json(path: Path, value: Any) -> None:
     sync(path.parent)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The mapping that a JSON file holds.
+
+    Raises:
+        ValueError: If it is damaged or holds none; names the file.
+        OSError: If it cannot be read.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged: it holds no mapping")
+    return found
+
+
 def sync(path: Path) -> None:
     """Wait until a file, or the names in a folder, would survive a power loss."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from .files import read_json
 from .verify import UNFINISHED, check_checkpoint, checkpoints, progress
 
 _OUTPUTS = (
@@ -107,27 +108,26 @@ def finished(wanted: str | None, output_dir: str, resolved: dict[str, Any]) -> d
     """The metrics of a run that "auto" finds ended, else None.
 
     Raises:
-        ValueError: If it had other settings.
+        ValueError: If it had other settings, or what it left is damaged.
     """
     metrics = Path(output_dir) / "metrics.json"
     if str(wanted).lower() != "auto" or not metrics.is_file():
         return None
     check_same(Path(output_dir), resolved)
     print(f"the run in {output_dir} is over: these are its metrics")
-    found: dict[str, Any] = json.loads(metrics.read_text())
-    return found
+    return read_json(metrics)
 
 
 def check_same(run: Path, resolved: dict[str, Any]) -> None:
     """A resumed run continues exactly or not at all: compare with its ``run.json``, if there is one.
 
     Raises:
-        ValueError: Naming the first setting that differs.
+        ValueError: Naming the first setting that differs, or the file if it is damaged.
     """
     record = run / "run.json"
     if not record.is_file():
         return
-    saved, now = json.loads(record.read_text()), json.loads(json.dumps(resolved, default=str))
+    saved, now = read_json(record), json.loads(json.dumps(resolved, default=str))
     parts = {"training": _DECISIVE, "molf": now["molf"], "method": _OF_METHOD}
     pairs = [(key, part) for part, keys in parts.items() for key in keys]
     if saved.get("processes", 1) != now["processes"]:
