@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ..optim import MoLFConfig, create_molf_optimizer, quantized
 from ..optim.passes import BLOCK
 from ..train.methods import METHODS, adapter_config
+from ..train.sharded import layers
 from .tracker import PeakTracker
 
 KINDS = ("weights", "masters", "experts", "gradients", "moments", "activations", "communication")
@@ -351,8 +352,7 @@ def _simulate(model: Any, base: Any, work: Workload) -> int:
 
 def _largest_block(base: nn.Module) -> int:
     """Bytes of the largest layer's parameters; what FSDP2 gathers at a time."""
-    layers = [m for name, m in base.named_modules() if name.rpartition(".")[2].isdecimal()]
-    return max((sum(_size(p) for p in layer.parameters()) for layer in layers), default=0)
+    return max((sum(_size(p) for p in layer.parameters()) for layer in layers(base)), default=0)
 
 
 def side_by_side(method: str, config: MoLFConfig, work: Workload) -> list[Plan]:

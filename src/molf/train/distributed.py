@@ -65,7 +65,8 @@ def check_fsdp(fsdp: Any, config: Any) -> tuple[bool, dict[str, Any]]:
         raise ValueError(
             f"fsdp_config version={found['version']}: FSDP1 flattens the weights, and no matrix is left to route; use 2"
         )
-    for key in found.keys() - set(FSDP_CONFIG):
+    key = next((key for key in found if key not in FSDP_CONFIG), None)
+    if key is not None:
         raise ValueError(
             f"fsdp_config {key}={found[key]!r} is not used: every layer is sharded, whole weights and sharded state of "
             f"the optimizer are saved; leave it out, known are {', '.join(FSDP_CONFIG)}"
