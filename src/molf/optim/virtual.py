@@ -81,9 +81,7 @@ def scaled(factor: Tensor, scales: float | Tensor) -> tuple[float, Tensor]:
     return (1.0, factor * scales) if isinstance(scales, Tensor) else (scales, factor)
 
 
-def gradients(
-    G: Tensor, A: Tensor, Bt: Tensor, scales: float | Tensor, out: tuple[Tensor, Tensor] | None = None
-) -> tuple[Tensor, ...]:
+def gradients(G: Tensor, A: Tensor, Bt: Tensor, scales: float | Tensor, out: tuple[Tensor, Tensor]) -> None:
     """dL/dA_i = s_i B_iᵀ G (R, in), and the transpose of dL/dB_i = s_i G A_iᵀ, (R, out), from G = dL/dP (out, in).
 
     Of one layer, or of several of the same shape at once, all with one more dimension.
@@ -93,16 +91,17 @@ def gradients(
         A: (R, in), in G's dtype.
         Bt: Bᵀ, (R, out), likewise.
         scales: One s, or s_i over the ranks, (R,).
-        out: Where to write them, in fp32 also where G is not and ``multiplies``; or None.
+        out: Where to write them, in fp32 also where G is not and ``multiplies``.
     """
     multiply = torch.addmm if G.dim() == 2 else torch.baddbmm
     nothing = G.new_empty((1,) * G.dim())  # what is in it does not count where beta is 0
     options: dict[str, Any] = {"beta": 0, "alpha": 1.0 if isinstance(scales, Tensor) else scales}
-    if out is not None and out[0].dtype != G.dtype:
+    if out[0].dtype != G.dtype:
         options["out_dtype"] = out[0].dtype
-    pairs = ((Bt, G), (A, G.mT))
-    found = [multiply(nothing, *pair, out=to, **options) for pair, to in zip(pairs, out or (None, None), strict=True)]
-    return tuple(each.mul_(scales[:, None]) if isinstance(scales, Tensor) else each for each in found)
+    for left, right, to in ((Bt, G, out[0]), (A, G.mT, out[1])):
+        multiply(nothing, left, right, out=to, **options)
+        if isinstance(scales, Tensor):
+            to.mul_(scales[:, None])
 
 
 def multiplies(G: Tensor) -> bool:
