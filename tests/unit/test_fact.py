@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from molf.assets import BUNDLED_MODEL
 from molf.tasks import fact
-from molf.tasks.scoring import Continuation, score_continuations, tokenize_pair
+from molf.tasks.prompts import tokenize_pair
+from molf.tasks.scoring import Continuation, score_continuations
 
 SHARED = Path(__file__).parents[3] / "shared"
 ROME = {

@@ -11,8 +11,6 @@ from tqdm import tqdm
 
 from .prompts import Context, tokenize_pair
 
-__all__ = ["Continuation", "score_continuations", "tokenize_pair"]
-
 
 class Continuation(NamedTuple):
     """What a model says of one continuation of one prompt.
