@@ -62,7 +62,7 @@ def shown(model: Any, evaluate: Any) -> list[tuple[int, ...]]:
     rows: list[tuple[int, ...]] = []
 
     def see(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        ids, past = kwargs["input_ids"], kwargs.get("past_key_values")
+        ids, past = kwargs["input_ids"], kwargs.get("cache", kwargs.get("past_key_values"))  # its name before 5.24
         mask = kwargs.get("attention_mask")
         mask = torch.ones_like(ids) if mask is None else mask
         if past is None or past.get_seq_length() == 0:
