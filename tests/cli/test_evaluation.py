@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,23 @@ def test_the_model_that_metric_for_best_model_names_is_kept(tmp_path: Path) -> N
     found = train(tmp_path / "run", *TASK, "--method", "molf", "--expert_ranks", "2", *options)
     of_steps = [efficacy for _, efficacy in points(found, "step", "eval_efficacy")]
     assert found["metrics"]["efficacy"] == min(of_steps) < of_steps[-1]
+
+
+@pytest.mark.parametrize("step", [4, 8])
+def test_a_run_that_was_moved_keeps_its_best_model(tmp_path: Path, step: int) -> None:
+    """From a checkpoint in the middle, and from the last one; its best is the first, which save_total_limit keeps."""
+    best = "--load_best_model_at_end true --metric_for_best_model efficacy --greater_is_better false --save_steps 2"
+    options = [*TASK, "--method", "molf", "--expert_ranks", "2", *EVERY_TWO, *best.split(), "--eval_examples", "32"]
+    whole = train(tmp_path / "run", *options)
+    (tmp_path / "run" / "metrics.json").unlink()
+    for path in (tmp_path / "run").glob("checkpoint-*"):
+        if int(path.name.split("-")[1]) > step:
+            shutil.rmtree(path)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    again = train(tmp_path / "moved", *options, "--save_total_limit", "2", "--resume_from_checkpoint", "auto")
+    assert_identical(again["weights"], whole["weights"])
+    state = json.loads((tmp_path / "moved" / "trainer_state.json").read_text())
+    assert (tmp_path / "moved" / Path(state["best_model_checkpoint"]).name / "model.safetensors").exists()
 
 
 def test_without_a_task_there_is_the_loss_of_other_lines(tmp_path: Path, capsys) -> None:

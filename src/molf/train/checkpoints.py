@@ -46,6 +46,7 @@ class WholeCheckpoints:
 
     verified: str | None = None
     _staging = False
+    _resumed: str | None = None
 
     def _get_output_dir(self, trial: Any) -> str:
         run_dir: str = super()._get_output_dir(trial)  # type: ignore[misc]
@@ -106,6 +107,20 @@ class WholeCheckpoints:
             load(this.model, Path(resume_from_checkpoint))
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        self._resumed = resume_from_checkpoint
+
+    def _load_callback_state(self) -> None:
+        super()._load_callback_state()  # type: ignore[misc]
+        self._find_best()  # right after the Trainer has loaded its state
+
+    def _find_best(self) -> None:
+        """Take the best checkpoint beside the resumed one: the path of then, which the Trainer goes by, may be gone."""
+        this: Any = self
+        if self._resumed is None:
+            return
+        best = TrainerState.load_from_json(os.path.join(self._resumed, "trainer_state.json")).best_model_checkpoint
+        if best is not None and (found := Path(self._resumed).parent / Path(best).name).is_dir():
+            this.state.best_model_checkpoint = str(found)
 
     def _load_best_model(self) -> None:
         this: Any = self
@@ -137,6 +152,7 @@ class WholeCheckpoints:
         this: Any = self
         this._load_from_checkpoint(checkpoint)
         this.state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+        self._find_best()
         if this.args.should_save:  # the run may have been killed before it did
             rotate(Path(checkpoint), this.args.save_total_limit, this.state.best_model_checkpoint)
         best = this.state.best_model_checkpoint
