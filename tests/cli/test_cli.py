@@ -197,9 +197,21 @@ def test_long_examples_are_cut_from_the_left_or_refused(tmp_path, capsys) -> Non
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["truncated_examples"] == 1
 
 
-def test_a_used_folder_is_refused_and_a_resume_is_exact_or_refused(tmp_path, config, capsys) -> None:
-    out = tmp_path / "run"
-    options = ["--expert_ranks", "2", "--save_strategy", "steps", "--save_steps", "1", "--max_steps", "3"]
+def test_a_used_folder_is_refused_and_a_resume_is_exact_or_refused(tmp_path, config, facts, capsys) -> None:
+    out, data = tmp_path / "run", tmp_path / "facts.json"
+    shutil.copy(facts, data)
+    options = [
+        "--dataset_path",
+        data,
+        "--expert_ranks",
+        "2",
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        "1",
+        "--max_steps",
+        "3",
+    ]
     command = ["train", "--config", config, "--output_dir", out, *options, "--logging_steps", "1"]
     assert main([str(word) for word in command]) == 0
     whole = json.loads((out / "metrics.json").read_text())
@@ -209,6 +221,12 @@ def test_a_used_folder_is_refused_and_a_resume_is_exact_or_refused(tmp_path, con
     first = out / "checkpoint-1"
     assert "learning_rate was 0.001" in fails(capsys, *resume, first, "--learning_rate", "1")
     assert "score_fn was epd" in fails(capsys, *resume, first, "--score_fn", "pfn")
+    assert "shuffle_dataset was False" in fails(capsys, *resume, first, "--shuffle_dataset", "true")
+    assert "ignore_data_skip was False" in fails(capsys, *resume, first, "--ignore_data_skip", "true")
+    data.write_text(facts.read_text().replace("the", "a"))
+    for wanted in (first, "auto"):
+        assert "training examples are not those of the run" in fails(capsys, *resume, wanted)
+    shutil.copy(facts, data)
     assert main([str(word) for word in (*resume, first)]) == 0
     again = json.loads((out / "metrics.json").read_text())
     assert again["train_loss"] == pytest.approx(whole["train_loss"], abs=1e-3)

@@ -126,6 +126,14 @@ def from_all(value: T) -> list[T]:
     return found
 
 
+def digest(rows: Iterable[Any]) -> str:
+    """SHA-256 of rows in their order, in hexadecimal."""
+    found = hashlib.sha256()
+    for row in rows:
+        found.update(repr(row).encode())
+    return found.hexdigest()
+
+
 def check_alike(what: str, rows: Iterable[Any]) -> None:
     """Refuse processes of which one has other data than the first: one would wait for steps that another does not make.
 
@@ -134,10 +142,7 @@ def check_alike(what: str, rows: Iterable[Any]) -> None:
     """
     if processes() == 1:
         return
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(repr(row).encode())
-    digests = from_all(digest.hexdigest())
+    digests = from_all(digest(rows))
     other = next((process for process, found in enumerate(digests) if found != digests[0]), None)
     if other is not None:
         raise ValueError(f"process {other} has other {what} than the first: give all the same options and files")

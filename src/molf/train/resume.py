@@ -23,7 +23,9 @@ _DECISIVE = (
     "learning_rate lr_scheduler_type warmup_steps num_train_epochs max_steps per_device_train_batch_size "
     "gradient_accumulation_steps seed data_seed adam_beta1 adam_beta2 adam_epsilon max_length packing packing_strategy "
     "bf16 fp16 optim lr_scheduler_kwargs label_smoothing_factor neftune_noise_alpha completion_only_loss loss_type "
-    "dataloader_drop_last eos_token train_sampling_strategy average_tokens_across_devices"
+    "dataloader_drop_last eos_token train_sampling_strategy average_tokens_across_devices shuffle_dataset "
+    "ignore_data_skip pad_to_multiple_of padding_free optim_args optim_target_modules accelerator_config "
+    "router_aux_loss_coef tf32 torch_compile use_liger_kernel"
 ).split()
 _OF_METHOD = (
     "model_name_or_path model_revision method dtype quantization task dataset_path max_examples validation_size "
@@ -140,6 +142,11 @@ def check_same(run: Path, resolved: dict[str, Any]) -> None:
                 f"{key} was {old} in the run of {run}, now it is {new}: a resumed run continues exactly, so keep the "
                 "options or start a new run in another output_dir"
             )
+    if "data" in saved and saved["data"] != now.get("data"):
+        raise ValueError(
+            f"the training examples are not those of the run of {run}, though of the same name: a resumed run "
+            "continues exactly, so restore the data or start a new run in another output_dir"
+        )
 
 
 def _check_same_batch(saved: dict[str, Any], now: dict[str, Any], run: Path) -> None:

@@ -33,7 +33,7 @@ from .arguments import MethodArguments, TrainArguments
 from .callbacks import PlanCallback, RoutingCallback, SpeedCallback, before_loggers
 from .checkpoints import WholeCheckpoints, writing
 from .data import evaluation_records, fit_examples, load_data
-from .distributed import check_alike, from_first, is_sharded
+from .distributed import check_alike, digest, from_first, is_sharded
 from .errors import of_the_machine
 from .evaluation import ScoredEvaluation
 from .files import sync, write_json
@@ -63,12 +63,13 @@ def train(method: MethodArguments, args: TrainArguments, callbacks: Sequence[Tra
     """
     spec = METHODS[method.method]
     config, resolved = _resolved(method, args)
+    task = get_task(method.task) if method.task is not None else None
+    dataset, scored = load_data(task, method)
+    resolved["data"] = {"examples": digest(dataset)}
     where = args.resume_from_checkpoint, str(args.output_dir), resolved
     if (ended := from_first(lambda: finished(*where))) is not None:
         return ended
     checkpoint = from_first(lambda: find_checkpoint(*where))
-    task = get_task(method.task) if method.task is not None else None
-    dataset, scored = load_data(task, method)
     set_seed(args.seed)
     tokenizer = load_training_tokenizer(method, args)
     memory = _PeakMemory()
