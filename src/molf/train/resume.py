@@ -82,14 +82,7 @@ def find_checkpoint(wanted: str | None, output_dir: str, resolved: dict[str, Any
                 f"resume_from_checkpoint={wanted}: {out} has no checkpoint that is whole; leave the option out to "
                 "start, or give auto, which starts where there is none"
             )
-        used = next((path.name for name in _OUTPUTS for path in out.glob(name)), None)
-        if auto and (out / "run.json").is_file():
-            check_same(out, resolved)
-        elif used is not None:
-            raise ValueError(
-                f"output_dir={output_dir} holds {used} of an earlier run: choose another folder, remove it, or "
-                "continue with --resume_from_checkpoint last"
-            )
+        _check_free(out, resolved if auto else None)
         return None
     folder = Path(str(found))
     if found == wanted:
@@ -97,7 +90,22 @@ def find_checkpoint(wanted: str | None, output_dir: str, resolved: dict[str, Any
     check_same(folder.parent, resolved)
     if is_over(folder) and (folder.parent / "metrics.json").is_file():
         raise ValueError(f"resume_from_checkpoint={folder}: the run is over, all {progress(folder)[1]} steps are done")
+    if folder.parent.resolve() != out.resolve():
+        _check_free(out, resolved)
     return str(folder)
+
+
+def _check_free(out: Path, resolved: dict[str, Any] | None) -> None:
+    """Refuse a folder that holds a run, unless it was killed and has the settings, if there are any."""
+    if resolved is not None and (out / "run.json").is_file():
+        check_same(out, resolved)
+        return
+    used = next((path.name for name in _OUTPUTS for path in out.glob(name)), None)
+    if used is not None:
+        raise ValueError(
+            f"output_dir={out} holds {used} of an earlier run: choose another folder, remove it, or continue with "
+            "--resume_from_checkpoint last"
+        )
 
 
 def is_over(checkpoint: str | Path) -> bool:

@@ -11,6 +11,7 @@ import contextlib
 import os
 import re
 import resource
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -105,6 +106,8 @@ def train(method: MethodArguments, args: TrainArguments, callbacks: Sequence[Tra
     trainer.verified = checkpoint
     speed = SpeedCallback(memory.mib)
     before_loggers(trainer, speed, *([routing] if spec.routes else []))
+    if checkpoint is not None and args.process_index == 0:
+        _take_log(Path(checkpoint).parent / "routing.jsonl", routing.path)
     try:
         metrics = {"method": method.method, **_run(trainer, checkpoint, speed), **cut}
     finally:
@@ -120,6 +123,13 @@ def train(method: MethodArguments, args: TrainArguments, callbacks: Sequence[Tra
     if first:
         write_json(out / "metrics.json", metrics)
     return metrics
+
+
+def _take_log(source: Path, target: Path) -> None:
+    """The routing that led to a checkpoint of another folder; what came after it is dropped when the log goes on."""
+    if source.is_file() and not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, target)
 
 
 def _expert_shares(out: Path, config: MoLFConfig) -> dict[str, float]:
