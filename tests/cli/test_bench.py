@@ -79,6 +79,11 @@ def test_what_is_refused(tmp_path, capsys) -> None:
     assert "unexpected keyword argument 'rate'" in refused("--contenders", "fft:rate=3")
     assert "No module named 'no_such'" in refused("--contenders", "no_such.module:Adam")
     assert "has no attribute 'Nadir'" in refused("--contenders", "torch.optim:Nadir")
+    assert "missing a required argument: 'closure'" in refused("--contenders", "torch.optim:LBFGS")
+    in_backward = "molf:step_in_backward=True"
+    for words in (["step"], ["train", "--accumulation", "2"]):
+        words += ["--preset", "tiny", "--out", str(out), "--contenders", in_backward]
+        assert f"contender '{in_backward}': with step_in_backward" in refusal(capsys, *words)
     assert "its options are no JSON" in refused("--contenders", 'fft:{"lr":}')
     assert "write NAME[@PRESET][:OPTIONS]" in refused("--contenders", "molf:")
     assert "one is named twice" in refused("--contenders", "fft", "molf", "fft")

@@ -134,6 +134,7 @@ class Contender:
         try:
             made: Any = getattr(import_module(module), name)
             signature(made).bind([], **self.kind.options)
+            signature(made.step).bind(None)  # which some have a closure for
         except (ImportError, AttributeError, TypeError) as error:
             raise ValueError(f"contender {self.label!r}: {error}") from error
         return made
@@ -193,7 +194,7 @@ def build(contender: Contender, settings: Settings) -> tuple[Any, Optimizer]:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         return model, contender.optimizer_class()(trained, **kind.options)
-    except TypeError as error:  # an option's value
+    except (TypeError, ValueError) as error:  # an option's value
         raise ValueError(f"contender {contender.label!r}: {error}") from error
 
 

@@ -47,6 +47,11 @@ def run(argv: Sequence[str]) -> None:
     contenders = [Contender.parse(label, options.preset) for label in labels]
     for contender in contenders:
         contender.check(settings)
+        if contender.config(settings).step_in_backward and (options.bench == "step" or settings.accumulation > 1):
+            raise ValueError(
+                f"contender {contender.label!r}: with step_in_backward the step is made in the backward pass, of which "
+                "there has to be one: use molf bench train with --accumulation 1"
+            )
     baselines = _baselines(options.baseline, labels)
     if options.threads:
         torch.set_num_threads(options.threads)
