@@ -175,6 +175,44 @@ def test_options_that_do_nothing_or_nonsense_are_refused(tmp_path, config, model
     assert not (tmp_path / "run" / "run.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--method fft --optim galore_adamw", "galore_torch"),
+        ("--lr_scheduler_type warmup_stable_decay", "lr_scheduler_kwargs=None does not fit"),
+        ('--lr_scheduler_kwargs {"least":1}', "lr_scheduler_kwargs={'least': 1} does not fit lr_scheduler_type=cosine"),
+        ("--num_train_epochs inf", "num_train_epochs=inf: must be positive and finite"),
+        ("--neftune_noise_alpha -1", "neftune_noise_alpha=-1.0: must be 0 or more"),
+        ("--activation_offloading true", "activation_offloading=True: there is no accelerator"),
+        (
+            "--dataloader_drop_last true --per_device_train_batch_size 17",
+            "dataloader_drop_last=True: 16 examples fill no",
+        ),
+        (
+            "--method pissa --expert_ranks 65",
+            "expert_ranks=[65]: pissa starts from the singular directions of W, of",
+        ),
+        (
+            "--eval_strategy epoch --metric_for_best_model best --load_best_model_at_end true --save_strategy epoch",
+            "best",
+        ),
+    ],
+)
+def test_what_others_would_end_in_a_traceback_for(tmp_path, config, capsys, options: str, message: str) -> None:
+    if "offloading" in options and torch.accelerator.is_available():
+        pytest.skip("there is something to offload from")
+    train = ["train", "--config", config, "--output_dir", tmp_path / "run", "--eval_at_end", "false"]
+    assert message in fails(capsys, *train, *options.split())
+
+
+def test_a_line_that_no_tokenizer_takes_is_named(tmp_path) -> None:
+    path = tmp_path / "data.jsonl"
+    for line in ('{"prompt": "a \\ud800", "completion": " b"}', "[" * 100_000):
+        path.write_text('{"prompt": "a", "completion": " b"}\n' + line)
+        with pytest.raises(ValueError, match=r"data\.jsonl, line 2: not JSON of UTF-8 text"):
+            load_pairs(path)
+
+
 def test_json_lines_end_at_newlines_only_and_may_have_a_mark(tmp_path) -> None:
     path = tmp_path / "data.jsonl"
     record = {"prompt": "Ada\u2028Alder\x85 speaks", "completion": " Cestic"}

@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         import_module(f".{command}", __name__).run(rest)
     except ModuleNotFoundError as error:
         return _fail(f"{error}: pip install 'molf[train]'")
-    except (ValueError, OSError, CompileError, NonFiniteError, ProcessesDifferError, ResumeError) as error:
+    except (ValueError, OSError, ImportError, CompileError, NonFiniteError, ProcessesDifferError, ResumeError) as error:
         return _fail(str(error) or type(error).__name__)
     except (MemoryError, RuntimeError) as error:
         if lost_process(error):

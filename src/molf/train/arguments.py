@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
+from transformers import get_scheduler
 from trl import SFTConfig
 
 from ..optim import MoLFConfig
@@ -222,8 +224,13 @@ class MethodArguments:
             raise ValueError(f"on_nonfinite={args.on_nonfinite!r}: choose one of {', '.join(ON_NONFINITE)}")
         if args.nonfinite_limit < 1:
             raise ValueError(f"nonfinite_limit={args.nonfinite_limit}: must be at least 1; to skip none, use stop")
-        if args.num_train_epochs <= 0 and args.max_steps <= 0:
-            raise ValueError(f"num_train_epochs={args.num_train_epochs}: must be positive")
+        if not 0 < args.num_train_epochs < math.inf and args.max_steps <= 0:
+            raise ValueError(f"num_train_epochs={args.num_train_epochs}: must be positive and finite")
+        if args.neftune_noise_alpha is not None and not 0 <= args.neftune_noise_alpha < math.inf:
+            raise ValueError(f"neftune_noise_alpha={args.neftune_noise_alpha}: must be 0 or more, and finite")
+        if args.activation_offloading and not torch.accelerator.is_available():
+            raise ValueError("activation_offloading=True: there is no accelerator to offload from; leave it out")
+        _check_schedule(args)
 
     def molf_config(self, args: SFTConfig) -> MoLFConfig:
         """The experts of the method, with the learning rate, decay, betas and clipping of ``args``."""
@@ -259,6 +266,20 @@ class MethodArguments:
             check_ranks_every=self.check_ranks_every,
         )
         return resolve(self.method, config)
+
+
+def _check_schedule(args: SFTConfig) -> None:
+    """Whether the schedule takes its settings; their values are looked at when the number of steps is known."""
+    try:
+        probe = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
+        get_scheduler(args.lr_scheduler_type, probe, 0, 1, args.lr_scheduler_kwargs)
+    except TypeError as error:
+        raise ValueError(
+            f"lr_scheduler_kwargs={args.lr_scheduler_kwargs} does not fit lr_scheduler_type="
+            f"{args.lr_scheduler_type.value}: {error}"
+        ) from error
+    except ValueError:
+        pass
 
 
 def _pattern(values: list[str]) -> str | list[str] | None:

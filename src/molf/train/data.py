@@ -34,8 +34,9 @@ def load_pairs(path: str | Path, limit: int | None = None) -> list[dict[str, str
             break
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+            json.dumps(record, ensure_ascii=False).encode()  # of which half a surrogate pair is no part
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number}: not JSON of UTF-8 text ({error})") from error
         for key in ("prompt", "completion"):
             if not isinstance(record, dict) or not isinstance(record.get(key), str) or not record[key]:
                 raise ValueError(f"{path}, line {number}: needs a non-empty string {key!r}")

@@ -32,6 +32,13 @@ class ScoredEvaluation:
             metrics: dict[str, float] = super().evaluate(*args, **kwargs)  # type: ignore[misc]
         return metrics
 
+    def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
+        try:
+            better: bool = super()._determine_best_metric(*args, **kwargs)  # type: ignore[misc]
+        except KeyError as error:  # a metric_for_best_model that there is not
+            raise ValueError(error.args[0]) from error
+        return better
+
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """The Trainer's, with the task's metrics among its own."""
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)  # type: ignore[misc]

@@ -143,6 +143,12 @@ class Adapted:
         self._initial: dict[str, Tensor] = {}
         if name == "pissa":
             self._initial = {k: v.detach().cpu().clone() for k, v in get_peft_model_state_dict(self.model).items()}
+            most, layer = min((len(v), k.partition(".lora_A")[0]) for k, v in self._initial.items() if ".lora_A" in k)
+            if most < settings.r:
+                raise ValueError(
+                    f"expert_ranks={list(config.expert_ranks)}: pissa starts from the singular directions of W, of "
+                    f"which {layer} has {most}; give a rank of at most that, or name the layer in exclude_modules"
+                )
 
     def save_on_original_base(self, folder: Path) -> None:
         """Overwrite PiSSA's adapter in ``folder`` by the one for the original base; others are that already."""

@@ -103,6 +103,11 @@ def train(method: MethodArguments, args: TrainArguments, callbacks: Sequence[Tra
     )
     if task is not None:
         trainer.score = partial(task.evaluate, tokenizer=tokenizer, records=evaluated)
+    if args.dataloader_drop_last and len(trainer.train_dataset) < args.train_batch_size * args.world_size:
+        raise ValueError(
+            f"dataloader_drop_last=True: {len(trainer.train_dataset)} examples fill no batch of "
+            f"{args.train_batch_size * args.world_size}; leave it out, or lower per_device_train_batch_size"
+        )
     trainer.verified = checkpoint
     speed = SpeedCallback(memory.mib)
     before_loggers(trainer, speed, *([routing] if spec.routes else []))
