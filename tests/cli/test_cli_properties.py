@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from molf.cli import COMMANDS, main
+from molf.cli.train import parse
 from molf.tasks import TASKS
 from molf.train.arguments import MethodArguments, TrainArguments
 from molf.train.methods import METHODS
@@ -206,6 +207,12 @@ def test_compare_files(file: bytes, settings_: dict[str, Any]) -> None:
 def test_values_of_the_wrong_type_in_yaml_are_refused_by_name(line: str, message: str) -> None:
     Path("wrong.yaml").write_text(f"model_name_or_path: x\ndataset_path: y\nuse_cpu: true\n{line}\n")
     assert message in called("train", "--config", "wrong.yaml")
+
+
+def test_no_without_quotes_is_a_word_for_what_is_no_flag() -> None:
+    Path("no.yaml").write_text("model_name_or_path: x\ndataset_path: y\nsave_strategy: no\neval_strategy: no\n")
+    args = parse(["--config", "no.yaml"])[1]
+    assert (args.save_strategy, args.eval_strategy) == ("no", "no")
 
 
 def test_compare_takes_a_regex_and_refuses_wrong_types() -> None:

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from enum import EnumMeta
 from types import UnionType
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
@@ -31,7 +32,8 @@ class _Parser(TrlParser):
         for name, value in settings.items():
             kind = kinds.get(name, Any)
             if isinstance(value, (bool, int, float)) and str in _parts(kind) and type(value) not in _parts(kind):
-                settings[name] = str(value)  # such as a folder called 2026
+                word = value is False and any(isinstance(part, EnumMeta) for part in _parts(kind))
+                settings[name] = "no" if word else str(value)  # save_strategy: no; such as a folder called 2026
             elif not fits(value, kind):
                 raise ValueError(
                     f"{name}={value!r} in the configuration file has the wrong type: give {type_name(kind)}"
