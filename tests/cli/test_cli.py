@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -274,6 +275,35 @@ def test_a_used_folder_is_refused_and_a_resume_is_exact_or_refused(tmp_path, con
     assert "optimizer.pt is damaged" in fails(capsys, *resume, first)
     (first / "optimizer.pt").unlink()
     assert "optimizer.pt is missing" in fails(capsys, *resume, first)
+
+
+def test_the_loss_of_a_resumed_run_counts_every_step_once(tmp_path, config) -> None:
+    """Where a checkpoint is between two entries of the log, the entry after it is of the steps since the checkpoint."""
+
+    def trained(name: str, *more: str) -> Path:
+        options = ["--expert_ranks", "2", "--max_steps", "4", "--save_strategy", "steps", "--save_steps", "1", *more]
+        words = ["train", "--config", config, "--output_dir", tmp_path / name, "--eval_at_end", "false", *options]
+        assert main([str(word) for word in words]) == 0
+        return tmp_path / name
+
+    def loss(run: Path) -> float:
+        return json.loads((run / "metrics.json").read_text())["train_loss"]
+
+    every = json.loads((trained("every", "--logging_steps", "1") / "trainer_state.json").read_text())["log_history"]
+    losses = [entry["loss"] for entry in every if "loss" in entry]
+    run = trained("run", "--logging_steps", "3")
+    assert loss(run) == pytest.approx(sum(losses) / 4)
+    for step, counted in ((3, losses), (2, losses[2:])):
+        resume = ["--logging_steps", "3", "--resume_from_checkpoint", str(run / f"checkpoint-{step}")]
+        assert loss(trained("run", *resume)) == pytest.approx(sum(counted) / len(counted))
+
+
+def test_what_is_missing_is_named_with_its_extra(tmp_path, capsys, monkeypatch) -> None:
+    (tmp_path / "routing.jsonl").write_text(json.dumps({"schema": 1, "modules": ["a"], "experts": ["dense"]}) + "\n")
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    out = tmp_path / "report.html"
+    assert "plotly" in (error := fails(capsys, "report", tmp_path, "--output", out))
+    assert "pip install 'molf[report]'" in error
 
 
 def test_a_non_finite_gradient_is_one_line_and_keeps_the_checkpoint(tmp_path, config, capsys) -> None:

@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         import_module(f".{command}", __name__).run(rest)
     except ModuleNotFoundError as error:
-        return _fail(f"{error}: pip install 'molf[train]'")
+        return _fail(f"{error}: pip install 'molf[{'report' if command == 'report' else 'train'}]'")
     except (ValueError, OSError, ImportError, CompileError, NonFiniteError, ProcessesDifferError, ResumeError) as error:
         return _fail(str(error) or type(error).__name__)
     except (MemoryError, RuntimeError) as error:

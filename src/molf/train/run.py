@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of whichever client it uses
-from transformers import TrainerCallback, set_seed
+from transformers import TrainerCallback, TrainerState, set_seed
 from trl import SFTTrainer
 
 from ..optim import MoLFConfig, MoLFOptimizerFactory, read_routing
@@ -44,6 +44,7 @@ from .nonfinite import FiniteSteps, skipped_steps
 from .quantize import PACKAGES, keep_adapters_in_fp32, quantized
 from .resume import find_checkpoint, finished, is_over
 from .sharded import ShardedCallback, ShardedTraining, shard
+from .verify import progress
 
 
 def train(method: MethodArguments, args: TrainArguments, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
@@ -207,7 +208,7 @@ def _run(trainer: Any, checkpoint: str | None, speed: SpeedCallback) -> dict[str
     else:
         loss = trainer.train(resume_from_checkpoint=checkpoint).training_loss
     metrics: dict[str, Any] = {
-        "train_loss": loss if checkpoint is None else _mean_loss(trainer.state.log_history, loss),
+        "train_loss": loss if checkpoint is None else _mean_loss(trainer.state, progress(Path(checkpoint))[0], loss),
         "steps": trainer.state.global_step,
         "seconds": time.perf_counter() - start - speed.paused,
         "peak_memory_mib": speed.peak_memory(),
@@ -217,13 +218,17 @@ def _run(trainer: Any, checkpoint: str | None, speed: SpeedCallback) -> dict[str
     return metrics if checkpoint is None else {**metrics, "resumed_from": checkpoint}
 
 
-def _mean_loss(history: Sequence[dict[str, Any]], fallback: float | None) -> float | None:
-    """Mean training loss over all steps of a resumed run, from what was logged before and after."""
-    logged = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+def _mean_loss(state: TrainerState, resumed: int, loss: float | None) -> float | None:
+    """Mean training loss of a run that continued from step ``resumed``, from its log before and ``loss`` after.
+
+    Steps between the last log and the checkpoint are in neither.
+    """
+    logged = [(row["step"], row["loss"]) for row in state.log_history if "loss" in row and row["step"] <= resumed]
     before = [0, *(step for step, _ in logged)]
-    steps = [step - earlier for (step, _), earlier in zip(logged, before, strict=False)]
-    total = sum(steps)
-    return sum(loss * n for (_, loss), n in zip(logged, steps, strict=True)) / total if total else fallback
+    parts = [(mean, step - earlier) for (step, mean), earlier in zip(logged, before, strict=False)]
+    parts += [] if loss is None else [(loss, state.global_step - resumed)]
+    total = sum(steps for _, steps in parts)
+    return sum(mean * steps for mean, steps in parts) / total if total else loss
 
 
 def load_training_tokenizer(method: MethodArguments, args: TrainArguments) -> Any:
