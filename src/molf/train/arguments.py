@@ -129,9 +129,10 @@ class MethodArguments:
         if self.needs_data and self.task is None and not self.dataset_path:
             raise ValueError("dataset_path is not given: name a file of training data, or a task with its own")
         for name in ("validation_size", "test_size"):
-            if getattr(self, name) < 0 or (getattr(self, name) > 0 and (self.task is None or self.eval_dataset_path)):
+            size = getattr(self, name)
+            if not 0 <= size < math.inf or (size > 0 and (self.task is None or self.eval_dataset_path)):
                 raise ValueError(
-                    f"{name}={getattr(self, name):g}: must be positive; it splits a task's records, so it needs a task "
+                    f"{name}={size:g}: must be positive and finite; it splits a task's records, so it needs a task "
                     "and no eval_dataset_path"
                 )
         if self.long_prompts not in LONG_PROMPTS:
@@ -190,6 +191,9 @@ class MethodArguments:
             )
         if spec.routes and args.optim != TrainArguments.optim:
             raise ValueError(f"optim={args.optim}: {self.method} is the optimizer; leave the option out")
+        for name in ("model_init_kwargs", *(("optim_args",) if spec.routes else ())):
+            if getattr(args, name):
+                raise ValueError(f"{name}={getattr(args, name)}: {self.method} does not use it; leave it out")
         if spec.adapter and not spec.routes and args.weight_decay != TrainArguments.weight_decay:
             raise ValueError(f"weight_decay={args.weight_decay}: {self.method} takes lora_weight_decay")
         if self.method == "adalora" and not starts_anew(args.resume_from_checkpoint):
@@ -228,6 +232,8 @@ class MethodArguments:
             raise ValueError(f"num_train_epochs={args.num_train_epochs}: must be positive and finite")
         if args.neftune_noise_alpha is not None and not 0 <= args.neftune_noise_alpha < math.inf:
             raise ValueError(f"neftune_noise_alpha={args.neftune_noise_alpha}: must be 0 or more, and finite")
+        if args.fp16 and args.device.type == "cpu":
+            raise ValueError("fp16=True: a CPU would train in fp32 all the same; use bf16, or leave it out")
         if args.activation_offloading and not torch.accelerator.is_available():
             raise ValueError("activation_offloading=True: there is no accelerator to offload from; leave it out")
         _check_schedule(args)
