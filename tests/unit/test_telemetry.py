@@ -15,7 +15,7 @@ import torch
 import transformers
 from torch import nn
 
-from models import causal_lm, tokens
+from models import causal_lm, lm_step, tokens
 from molf import MoLFConfig, MoLFOptimizerFactory, create_molf_optimizer, read_routing
 from molf.assets import BUNDLED_MODEL
 from molf.train.callbacks import RoutingCallback, SpeedCallback, before_loggers
@@ -132,6 +132,21 @@ def test_lost_updates_are_found_wherever_the_step_is_made(tmp_path, step_in_back
     callback.on_optimizer_step(args, state, None)
     assert logged(callback, state)["molf/lost_update_fraction"] < 0.05
     callback.close()
+
+
+def test_a_training_that_begins_after_an_error_is_recorded_once(tmp_path) -> None:
+    """The Trainer calls ``on_train_end`` only if there was none."""
+    model = causal_lm("llama")
+    optimizer = create_molf_optimizer(model, MoLFConfig(expert_ranks=(2,)))
+    callback, args, state = started(tmp_path / "routing.jsonl", optimizer)
+    lm_step(model, optimizer, 0)
+    first = callback.recorder
+    callback.on_train_begin(args, state, None, optimizer=optimizer)
+    lm_step(model, optimizer, 1)
+    callback.close()
+    assert first is not None
+    assert first.latest is not None
+    assert [first.latest["step"], len(read_routing(tmp_path / "routing.jsonl")[1])] == [1, 2]
 
 
 def test_a_skipped_step_is_not_counted(tmp_path) -> None:

@@ -56,6 +56,7 @@ class RoutingCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         """Open the log; on a resume continue it after the resumed step."""
+        self.close()  # after an error the Trainer did not
         if state.is_world_process_zero:
             self.recorder = RoutingRecorder(optimizer, self.path)
             own = self.recorder.optimizer
