@@ -157,6 +157,16 @@ def test_a_run_that_was_killed_failed_by_the_signal_and_not_by_its_last_line(tmp
     assert found["error"] == "ended by SIGKILL"
 
 
+def test_a_run_whose_data_change_meanwhile_has_no_result(tmp_path: Path, monkeypatch) -> None:
+    data = tmp_path / "data.json"
+    data.write_text("[1]")
+    _ends_by(tmp_path, monkeypatch, f"echo '[2]' > {data}")
+    runs = sweep.plan(["fft"], [1e-3], [0], {**COMMON, "dataset_path": str(data)}, {})
+    with pytest.raises(ValueError, match=r"data\.json changed while fft trained on it"):
+        sweep.run_sweep(runs, tmp_path / "out", workers=1, threads=1)
+    assert not list((tmp_path / "out" / "results").glob("*.json"))
+
+
 @pytest.mark.parametrize("keep", [False, True])
 def test_checkpoints_are_weights_too(tmp_path: Path, monkeypatch, keep: bool) -> None:
     out = tmp_path / "out"

@@ -182,8 +182,10 @@ def _execute(run: Run, folder: Path, threads: int, keep_models: bool, lock: IO[s
 
     Raises:
         KeyboardInterrupt: If the run was interrupted, which is no result.
+        ValueError: If the data changed meanwhile: the result would be of others.
     """
-    out = folder / "runs" / run.key
+    key = run.key
+    out = folder / "runs" / key
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     config = out / "train.yaml"
@@ -195,6 +197,11 @@ def _execute(run: Run, folder: Path, threads: int, keep_models: bool, lock: IO[s
         done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, pass_fds=[lock.fileno()])
     if done.returncode in (130, -signal.SIGINT):  # Ctrl-C reaches every process of the terminal
         raise KeyboardInterrupt
+    if run.key != key:
+        raise ValueError(
+            f"dataset_path={dict(run.options)['dataset_path']} changed while {run.method} trained on it: its result is "
+            "not kept; leave the data alone and start the sweep again"
+        )
     result: dict[str, Any] = {"key": run.key, "arguments": run.arguments, "wall_seconds": time.time() - start}
     if done.returncode == 0:
         result |= {"status": "done", "metrics": json.loads((out / "metrics.json").read_text())}
