@@ -53,3 +53,12 @@ def lm_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> fl
     optimizer.step()
     optimizer.zero_grad()
     return loss.item()
+
+
+def twin_groups(optimizer: torch.optim.Optimizer, model: nn.Module, twin: nn.Module) -> list[dict[str, Any]]:
+    """An optimizer's groups, for another optimizer, with the parameters of a copy of its model."""
+    twins = dict(zip(model.parameters(), twin.parameters(), strict=True))
+    return [
+        {"params": [twins[parameter] for parameter in group["params"]], "weight_decay": group["weight_decay"]}
+        for group in optimizer.param_groups
+    ]

@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
+import transformers
 from peft import get_peft_model
 from torch import nn
 
-from models import causal_lm, lm_step
+from models import causal_lm, lm_step, twin_groups
 from molf import MoLFConfig, NonFiniteGradientError, create_molf_optimizer, molf_lora_config, read_routing
 from molf.optim import RoutingRecorder
 from molf.optim import routing as routing_module
@@ -130,19 +131,28 @@ def test_step_zero_with_rate_zero_is_a_tie_for_the_lower_index() -> None:
     assert all(int(state["step"]) == 1 for state in optimizer.state.values())
 
 
-def test_transformers_and_one_cycle_schedulers_run() -> None:
-    from transformers import get_cosine_schedule_with_warmup
-
-    model, optimizer = small()
-    scheduler = get_cosine_schedule_with_warmup(optimizer, 2, 5)
-    for step in range(5):
-        lm_step(model, optimizer, step)
-        scheduler.step()
-    model, optimizer = small()
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=5)
-    for step in range(5):
-        lm_step(model, optimizer, step)
-        scheduler.step()
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        lambda optimizer: transformers.get_cosine_schedule_with_warmup(optimizer, 2, 5),
+        lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=6),
+    ],
+    ids=["transformers", "one-cycle"],
+)
+def test_schedules_are_followed_as_by_adamw(schedule) -> None:
+    """Bit for bit, of rates and of the betas that OneCycleLR cycles."""
+    model = causal_lm("qwen2")
+    twin = copy.deepcopy(model)
+    optimizer = create_molf_optimizer(model, MoLFConfig(expert_ranks=(), lr=1e-3))
+    adamw = torch.optim.AdamW(twin_groups(optimizer, model, twin), lr=1e-3)
+    for each, stepped in ((model, optimizer), (twin, adamw)):
+        scheduler = schedule(stepped)
+        for step in range(5):
+            lm_step(each, stepped, step)
+            scheduler.step()
+    assert optimizer.param_groups[0]["betas"] == adamw.param_groups[0]["betas"]
+    for parameter, other in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(parameter, other)
 
 
 @pytest.mark.parametrize(("train_base", "first"), [(True, 1e-2), (False, 1e-3)])

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from models import causal_lm, lm_step
+from models import causal_lm, lm_step, twin_groups
 from molf import MoLFConfig, create_molf_optimizer, molf_lora_config
 from molf.optim import parts, stacks, virtual
 
@@ -138,7 +138,7 @@ def test_convolutions_in_another_memory_format_are_stepped_like_adamw():
     model = nn.Sequential(*layers).to(memory_format=torch.channels_last)
     alone = copy.deepcopy(model)
     optimizer = create_molf_optimizer(model, replace(MOLF, target_modules=["4"], expert_ranks=(), lora_alpha=None))
-    adamw = torch.optim.AdamW(optimizer_groups(optimizer, model, alone), lr=MOLF.lr)
+    adamw = torch.optim.AdamW(twin_groups(optimizer, model, alone), lr=MOLF.lr)
     for _ in range(3):
         for each, stepped in ((model, optimizer), (alone, adamw)):
             each(torch.linspace(-1, 1, 128).view(2, 4, 4, 4)).square().sum().backward()
@@ -146,15 +146,6 @@ def test_convolutions_in_another_memory_format_are_stepped_like_adamw():
             stepped.zero_grad()
     for parameter, other in zip(model.parameters(), alone.parameters(), strict=True):
         assert torch.equal(parameter, other)
-
-
-def optimizer_groups(optimizer, model, twin):
-    """The optimizer's groups with the parameters of a copy of its model."""
-    twins = dict(zip(model.parameters(), twin.parameters(), strict=True))
-    return [
-        {"params": [twins[parameter] for parameter in group["params"]], "weight_decay": group["weight_decay"]}
-        for group in optimizer.param_groups
-    ]
 
 
 @pytest.mark.parametrize("shape", [(), (3,)])
