@@ -202,13 +202,14 @@ def _scores(task: Task, model: Any, tokenizer: Any, scored: dict[str, Sequence[A
 def _run(trainer: Any, checkpoint: str | None, speed: SpeedCallback) -> dict[str, Any]:
     """Train; returns loss, steps, time without evaluations, and memory, these two since the resume if there was one."""
     start = time.perf_counter()
+    resumed = 0 if checkpoint is None else progress(Path(checkpoint))[0]  # it may be removed while the run goes on
     if checkpoint is not None and is_over(checkpoint):  # the Trainer would take one step more
         loss = None
         trainer.load_ended(checkpoint)
     else:
         loss = trainer.train(resume_from_checkpoint=checkpoint).training_loss
     metrics: dict[str, Any] = {
-        "train_loss": loss if checkpoint is None else _mean_loss(trainer.state, progress(Path(checkpoint))[0], loss),
+        "train_loss": loss if checkpoint is None else _mean_loss(trainer.state, resumed, loss),
         "steps": trainer.state.global_step,
         "seconds": time.perf_counter() - start - speed.paused,
         "peak_memory_mib": speed.peak_memory(),
