@@ -104,11 +104,6 @@ def train(method: MethodArguments, args: TrainArguments, callbacks: Sequence[Tra
     )
     if task is not None:
         trainer.score = partial(task.evaluate, tokenizer=tokenizer, records=evaluated)
-    if args.dataloader_drop_last and len(trainer.train_dataset) < args.train_batch_size * args.world_size:
-        raise ValueError(
-            f"dataloader_drop_last=True: {len(trainer.train_dataset)} examples fill no batch of "
-            f"{args.train_batch_size * args.world_size}; leave it out, or lower per_device_train_batch_size"
-        )
     trainer.verified = checkpoint
     speed = SpeedCallback(memory.mib)
     before_loggers(trainer, speed, *([routing] if spec.routes else []))
@@ -172,8 +167,14 @@ def _make_trainer(method: str, **arguments: Any) -> Any:
         if of_the_machine(error):
             raise
         raise ValueError(f"the trainer cannot be made: {error}") from error
+    args, batch = trainer.args, trainer.args.train_batch_size * trainer.args.world_size
+    if args.dataloader_drop_last and len(trainer.train_dataset) < batch:
+        raise ValueError(
+            f"dataloader_drop_last=True: {len(trainer.train_dataset)} examples fill no batch of {batch}; leave it out, "
+            "or lower per_device_train_batch_size"
+        )
     keep_adapters_in_fp32(trainer.model)
-    trainer.on_nonfinite, trainer.nonfinite_limit = trainer.args.on_nonfinite, trainer.args.nonfinite_limit
+    trainer.on_nonfinite, trainer.nonfinite_limit = args.on_nonfinite, args.nonfinite_limit
     return trainer
 
 
