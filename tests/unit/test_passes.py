@@ -17,7 +17,7 @@ from models import causal_lm, lm_step
 from molf import MoLFConfig, create_molf_optimizer
 from molf.optim import passes
 from molf.optim import routing as routing_module
-from molf.optim.adamw import Tracking, track_
+from molf.optim.adamw import Coefficients, Tracking, adamw_, track_
 
 RATES = {"lr": 2e-4, "lora_lr": 2e-3}
 
@@ -34,11 +34,12 @@ def test_blocks_give_the_bits_of_whole_tensors(monkeypatch) -> None:
     shared = Tracking((0.9, 0.999), 1e-8, "epd", torch.tensor(0.5))
     whole, blocks = jobs(shapes), jobs(shapes)
     expected = [track_(*job, shared) for job in whole]
-    found = passes.Passes(False, 0, torch.device("cpu")).run(passes.track_all, blocks, shared, by_row=True)
+    rows = [each[0].shape[:-1].numel() for each in blocks]
+    found = passes.Passes(False, 0, torch.device("cpu")).run(passes.track_all, blocks, shared, rows).split(rows)
     for a, b in zip(whole, blocks, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a[:3], b[:3], strict=True))
     for a, b in zip(expected, found, strict=True):
-        torch.testing.assert_close(a, b, rtol=200 * 2**-24, atol=0)
+        torch.testing.assert_close(a.flatten(), b, rtol=200 * 2**-24, atol=0)
 
 
 class Largest(TorchDispatchMode):
@@ -96,7 +97,7 @@ def test_one_host_read_per_step_at_any_number_of_layers(monkeypatch, layers: int
 def kernels(monkeypatch) -> Any:
     """Triton's kernels in the place of C++, as on a GPU, by its interpreter."""
     kernels = pytest.importorskip("molf.optim.kernels", reason="no Triton")
-    monkeypatch.setattr(kernels.Kernels, "_is_on", lambda self, tensor: tensor.is_cpu)
+    monkeypatch.setattr(kernels.Kernels, "DEVICE", "cpu")
     monkeypatch.setattr(passes.Passes, "_get_compiler", lambda self: kernels.Kernels())
     return kernels
 
@@ -187,3 +188,20 @@ def test_what_keeps_triton_from_compiling(kernels, error: Exception, becomes: ty
 def test_compile_is_checked() -> None:
     with pytest.raises(ValueError, match="compile='yes': choose True, False or 'auto'"):
         MoLFConfig(compile="yes")
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("ranks", [0, 1, 3])
+def test_rows_that_a_process_holds(compile: bool, ranks: int) -> None:
+    """Of a sharded A it may hold one row, or none: sums and rates by row, also of those."""
+    run = passes.Passes(compile, 0, torch.device("cpu")).run
+    ours, theirs = jobs([(ranks, 70), (2, 70)]), jobs([(ranks, 70), (2, 70)])
+    shared = Tracking((0.9, 0.999), 1e-8, "epd")
+    found = run(passes.track_all, ours, shared, [ranks, 2])
+    torch.testing.assert_close(found, torch.cat([track_(*job, shared) for job in theirs]), rtol=1e-5, atol=0)
+    numbers = torch.tensor([0.5, 2.0])
+    c = Coefficients(torch.rand(ranks, 1), -torch.rand(ranks, 1), *numbers.unbind(), 1e-8)
+    winner = torch.tensor([[True], [False], [True]])[:ranks]
+    run(passes.adamw_all, [(ours[0][0], ours[0][1], ours[0][2], None, winner)], c, [ranks])
+    adamw_(theirs[0][0], theirs[0][1], theirs[0][2], None, winner, c)
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-6, atol=1e-7)

@@ -7,64 +7,80 @@ gradient, a store and a weight P may be in 16 bits. Anything else is left to ``p
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from itertools import repeat
-from typing import Any, NamedTuple
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
+from operator import attrgetter
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .adamw import Coefficients, Tracking
-from .passes import Job, Pass, adamw_all, track_all, unrouted_all
+from .adamw import Tracking
+from .passes import Job, Pass, track_all, unrouted_all
+from .sharding import PLAIN
 from .virtual import Products
 
 SQUARES, EPD, PFN, UPDATE, UNROUTED = range(5)
 """What a pass does: look at gradients; moments and score, by either score; the winners' update; both passes of what is
 not routed."""
 
-_PLAIN = (Tensor, torch.nn.Parameter)
-"""Of a subclass the data may be elsewhere."""
-
 _FULL = (torch.float32,)
 
-_WHOLE = torch.Size()
+_DTYPE, _DEVICE = attrgetter("dtype"), attrgetter("device")
+
+Column = Sequence[Any] | None
+"""Something of every job; None where no job has it."""
 
 
-class Row(NamedTuple):
-    """A job as compiled code takes it: ``Job`` of passes.cpp.
+class Table(NamedTuple):
+    """The jobs of a pass as compiled code takes them, by columns.
 
     Attributes:
-        addresses: Of the gradient, m, v, the value, the store, the winners and the sums; 0 where there is none.
-        rates: Addresses of 1 - ηλ and of -η / (1-β1ⁿ), and whether there is one per row.
+        addresses: Of the gradients, m, v, the values, the stores, the winners and the sums; 0 where a job has none.
         rows: Rows, over each of which is summed.
         columns: Elements of a row.
-        dtypes: Of the gradient and of the store.
+        grads: Dtypes of the gradients.
+        stores: Dtypes of the stores.
     """
 
-    addresses: tuple[int, ...]
-    rates: tuple[int, int, int]
-    rows: int
-    columns: int
-    dtypes: tuple[torch.dtype | None, torch.dtype | None]
+    addresses: Sequence[Column]
+    rows: Sequence[int]
+    columns: Sequence[int]
+    grads: Column
+    stores: Column
 
 
 class Numbers(NamedTuple):
-    """What all jobs of a pass have in common: 1-β1, β2, 1-β2, ε, and on the device, 0-dimensional, the rest."""
+    """What all jobs of a pass have in common: 1-β1, β2, 1-β2, ε, and on the device the rest.
 
-    lerp: float
-    beta2: float
-    square: float
-    eps: float
-    clip: Tensor | None
-    gate: Tensor | None
-    inverse_root: Tensor | None
+    That is 0-dimensional but for 1 - ηλ and -η / (1-β1ⁿ), which may be one per row.
+    """
+
+    lerp: float = 0.0
+    beta2: float = 0.0
+    square: float = 0.0
+    eps: float = 0.0
+    clip: Tensor | None = None
+    gate: Tensor | None = None
+    inverse_root: Tensor | None = None
+    decay: Tensor | None = None
+    step_size: Tensor | None = None
+
+    @property
+    def by_row(self) -> bool:
+        """Whether there is one per row."""
+        return self.decay is not None and self.decay.dim() > 0
 
 
 class Compiled(ABC):
     """Runs jobs of a pass. Make one per optimizer. After a ``CompileError`` a job has run if its result was given."""
 
-    LOW: tuple[torch.dtype, ...] = (torch.bfloat16,)
+    LOW: ClassVar[tuple[torch.dtype, ...]] = (torch.bfloat16,)
     """Formats of 16 bits."""
+
+    DEVICE: ClassVar[str]
+    """Type of the devices on which this code runs."""
 
     def prepare(self) -> None:  # noqa: B027
         """Compile what can be compiled before there are jobs.
@@ -73,37 +89,37 @@ class Compiled(ABC):
             CompileError: If that fails.
         """
 
-    def run(self, function: Pass, jobs: Sequence[Job], shared: Any, by_row: bool = False) -> Iterator[tuple[int, Any]]:
-        """Results by the jobs' numbers, as ``Passes.run``, of those that are taken."""
-        kind, tracking, c = _numbers(function, shared)
+    def run(
+        self, function: Pass, jobs: Sequence[Job], shared: Any, rows: Sequence[int], sums: Tensor
+    ) -> Iterator[Sequence[int]]:
+        """As ``Passes.run``; yields the numbers of jobs when these have run.
+
+        Args:
+            function: The pass.
+            jobs: The tensors.
+            shared: What all jobs have in common.
+            rows: How many rows each job has.
+            sums: Takes the sums over all rows.
+        """
         columns = _columns(function, jobs)
-        taken = self._taken(columns)
+        taken = self._taken(columns, len(jobs))
         if not taken:
             return
+        starts: Sequence[int] = [0, *accumulate(rows)][:-1]
         if len(taken) < len(jobs):
-            columns = [[column[i] for i in taken] for column in columns]
-        rates = (0, 0, 0) if c is None else (c.decay.data_ptr(), c.step_size.data_ptr(), int(c.decay.dim() > 0))
-        grads, moments, _, _, stores, _ = columns
-        shapes = [t.shape[:-1] if by_row and t.dim() else _WHOLE for t in moments]
-        heights = [shape.numel() for shape in shapes]
-        widths = [t.shape[-1] if by_row and t.dim() else t.numel() for t in moments]
-        sums: Sequence[Any] = [None] * len(taken)
-        if function is track_all:
-            found = moments[0].new_empty(sum(heights))
-            pieces = found.unbind() if not any(shapes) else found.split(heights)
-            sums = [t if t.shape == shape else t.view(shape) for t, shape in zip(pieces, shapes, strict=True)]
-        places = zip(*([0 if t is None else t.data_ptr() for t in column] for column in (*columns, sums)), strict=True)
-        dtypes = ([None if t is None else t.dtype for t in column] for column in (grads, stores))
-        rows = list(map(Row, places, repeat(rates), heights, widths, zip(*dtypes, strict=True)))
-        beta1, beta2 = (0.0, 0.0) if tracking is None else tracking.betas
-        clip, gate = (None, None) if tracking is None else (tracking.clip, tracking.gate)
-        eps, inverse = (shared.eps, None) if c is None else (c.eps, c.inverse_root)
-        numbers = Numbers(1 - beta1, beta2, 1 - beta2, eps, clip, gate, inverse)
-        for done in self._pass(kind, rows, numbers, moments[0]):
+            columns = [column and [column[i] for i in taken] for column in columns]
+            rows, starts = [rows[i] for i in taken], [starts[i] for i in taken]
+        kind, numbers = _numbers(function, shared)
+        moments, place, size = columns[1] or (), sums.data_ptr(), sums.element_size()
+        places = [*map(addresses, columns), [place + size * start for start in starts] if kind < UPDATE else None]
+        widths = [t.numel() // max(1, count) for t, count in zip(moments, rows, strict=True)]
+        grads, _, _, values, stores, _ = columns
+        dtypes = grads and list(map(_DTYPE, grads)), stores and [t if t is None else t.dtype for t in stores]
+        for done in self._pass(kind, Table(places, rows, widths, *dtypes), numbers, moments[0]):
             # of moments nobody asks for the version
-            changed = [t for column in columns[3:5] for t in map(column.__getitem__, done) if t is not None]
-            torch.autograd.graph.increment_version(changed)
-            yield from ((taken[at], sums[at]) for at in done)
+            written = [column[i] for column in (values, stores) if column for i in done if column[i] is not None]
+            torch.autograd.graph.increment_version(written)
+            yield [taken[i] for i in done]
 
     def squares(self, tensors: Sequence[Tensor], counts: Sequence[int]) -> Tensor | None:
         """Σ x² over each of so many equal parts of every tensor, part after part; None if that is left to torch."""
@@ -111,7 +127,7 @@ class Compiled(ABC):
 
     def superpose(self, listed: Sequence[Products], scales: Tensor) -> list[int]:
         """Write P of layers whose scales are s_i over the ranks, (R,); returns which it has taken."""
-        taken = [i for i, each in enumerate(listed) if self._is_plain(scales) and self._are_products(each)]
+        taken = [i for i, each in enumerate(listed) if self._are_plain([scales]) and self._are_products(each)]
         if taken:
             self._superpose([listed[i] for i in taken], scales)
             torch.autograd.graph.increment_version([target for i in taken for target in listed[i].targets])
@@ -136,70 +152,91 @@ class Compiled(ABC):
         return False
 
     @abstractmethod
-    def _pass(self, kind: int, rows: Sequence[Row], numbers: Numbers, like: Tensor) -> Iterator[Sequence[int]]:
+    def _pass(self, kind: int, table: Table, numbers: Numbers, like: Tensor) -> Iterator[Sequence[int]]:
         """Run jobs on the device of ``like``; yields which have run."""
 
     @abstractmethod
     def _superpose(self, listed: Sequence[Products], scales: Tensor) -> None:
         """Write P of layers that are taken."""
 
-    @abstractmethod
-    def _is_on(self, tensor: Tensor) -> bool:
-        """Whether the tensor is where this code runs."""
+    def _are_plain(self, tensors: Sequence[Tensor], low: bool = False) -> bool:
+        """Whether all are ordinary, contiguous, where this code runs, and in fp32, or if ``low`` in 16 bits."""
+        return self._fit((*_FULL, *self.LOW) if low else _FULL, tensors)
 
-    def _is_plain(self, tensor: Tensor, low: bool = False) -> bool:
-        """Whether it is ordinary, contiguous and in fp32, or if ``low`` in 16 bits."""
-        return self._is_one_of((torch.float32, *self.LOW) if low else _FULL, tensor)
+    def _fit(self, dtypes: Iterable[torch.dtype], tensors: Sequence[Tensor]) -> bool:
+        return (
+            set(map(type, tensors)) <= PLAIN
+            and set(map(_DTYPE, tensors)) <= set(dtypes)
+            and all(device.type == self.DEVICE for device in set(map(_DEVICE, tensors)))
+            and all(map(Tensor.is_contiguous, tensors))
+        )
 
-    def _is_one_of(self, dtypes: Sequence[torch.dtype], tensor: Tensor) -> bool:
-        fits = tensor.dtype in dtypes and type(tensor) in _PLAIN
-        return fits and self._is_on(tensor) and tensor.is_contiguous()
-
-    def _taken(self, columns: Sequence[Sequence[Tensor | None]]) -> list[int]:
+    def _taken(self, columns: Sequence[Column], count: int) -> Sequence[int]:
         """The jobs, by number, of whose tensors all fit."""
         dtypes = ((*_FULL, *self.LOW), _FULL, _FULL, _FULL, self.LOW, (torch.bool,))
-        fits = (
-            [t is None or self._is_one_of(those, t) for t in column]
-            for column, those in zip(columns, dtypes, strict=True)
-        )
-        return [i for i, of_job in enumerate(zip(*fits, strict=True)) if all(of_job)]
+        there = [(those, column) for those, column in zip(dtypes, columns, strict=True) if column]
+        if all(self._fit(those, [t for t in column if t is not None]) for those, column in there):
+            return range(count)
+        return [
+            i
+            for i in range(count)
+            if all(column[i] is None or self._fit(those, column[i : i + 1]) for those, column in there)
+        ]
 
     def _are_products(self, each: Products) -> bool:
         alike = len({target.dtype for target in each.targets}) == 1
         return (
             alike
             and bool(each.left.numel() and each.right.numel())
-            and all(self._is_plain(target, low=True) for target in each.targets)
-            and all(map(self._is_plain, each.bases))
-            and self._is_plain(each.left)
-            and self._is_plain(each.right)
+            and self._are_plain(each.targets, low=True)
+            and self._are_plain([*each.bases, each.left, each.right])
         )
 
 
-def addresses(
-    firsts: Sequence[Tensor], seconds: Sequence[Tensor], left: Tensor, right: Tensor
-) -> Iterator[tuple[int, ...]]:
-    """By layer: of its own tensor among the first ones and the second ones, if there are any, of left and of right."""
-    columns: list[Sequence[int]] = [
-        [tensor.data_ptr() for tensor in tensors] for tensors in (firsts, seconds) if tensors
-    ]
-    for tensor in (left, right):
-        size = tensor.element_size() * tensor[0].numel()
-        columns.append(range(tensor.data_ptr(), tensor.data_ptr() + size * len(tensor), size))
-    return zip(*columns, strict=True)
+def addresses(tensors: Column) -> Column:
+    """Of tensors their addresses, 0 where there is none."""
+    return tensors and [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
-def _columns(function: Pass, jobs: Sequence[Job]) -> list[Sequence[Any]]:
-    """The gradients of all jobs, their m, v, values, stores and winners, None where a job has none."""
-    nothing = [None] * len(jobs)
+def spaced(tensor: Tensor) -> range:
+    """The addresses of what a tensor holds along its first dimension."""
+    size, place = tensor.element_size() * tensor[0].numel(), tensor.data_ptr()
+    return range(place, place + size * len(tensor), size)
+
+
+def packed(columns: Iterable[Column], count: int) -> array[int]:
+    """Numbers of ``count`` jobs, column after column; 0 where there are none."""
+    whole = array("q")
+    for column in columns:
+        if column:
+            whole.fromlist(list(column))
+        else:
+            whole.frombytes(bytes(whole.itemsize * count))
+    return whole
+
+
+def _columns(function: Pass, jobs: Sequence[Job]) -> list[Column]:
+    """The gradients of all jobs, their m, v, values, stores and winners."""
+    columns: list[Column] = list(zip(*jobs, strict=True))
+    if not columns:
+        return [None] * 6
     if function is track_all:
-        return [*(zip(*jobs, strict=True) if jobs else [()] * 3), nothing, nothing, nothing]
-    values, m, v, stores, last = zip(*jobs, strict=True) if jobs else [()] * 5
-    return [last, m, v, values, stores, nothing] if function is unrouted_all else [nothing, m, v, values, stores, last]
+        return [*columns, None, None, None]
+    values, m, v, *rest = columns
+    stores, last = (column if any(t is not None for t in column or ()) else None for column in rest)
+    return [last, m, v, values, stores, None] if function is unrouted_all else [None, m, v, values, stores, last]
 
 
-def _numbers(function: Pass, shared: Any) -> tuple[int, Tracking | None, Coefficients | None]:
+def _numbers(function: Pass, shared: Any) -> tuple[int, Numbers]:
     """The kind of a pass, and its numbers."""
     if function is track_all:
-        return (EPD if shared.score_fn == "epd" else PFN), shared, None
-    return (UPDATE, None, shared) if function is adamw_all else (UNROUTED, *shared)
+        return (EPD if shared.score_fn == "epd" else PFN), _moment_numbers(shared)
+    kind, numbers, c = UPDATE, Numbers(), shared
+    if function is unrouted_all:
+        kind, numbers, c = UNROUTED, _moment_numbers(shared[0]), shared[1]
+    return kind, numbers._replace(eps=c.eps, inverse_root=c.inverse_root, decay=c.decay, step_size=c.step_size)
+
+
+def _moment_numbers(t: Tracking) -> Numbers:
+    beta1, beta2 = t.betas
+    return Numbers(1 - beta1, beta2, 1 - beta2, t.eps, t.clip, t.gate)

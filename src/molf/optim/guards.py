@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from .adamw import moment_dtype
 from .passes import Passes
 from .scalars import join, stack
-from .sharding import local
+from .sharding import locals_of
 
 
 class NonFiniteError(ArithmeticError):
@@ -37,7 +38,7 @@ class WrittenTensors:
     """
 
     def __init__(self) -> None:
-        self._versions: list[tuple[int, int, int]] = []  # nothing was seen: the first step compares everything
+        self._versions: list[list[int]] = []  # nothing was seen: the first step compares everything
 
     def remember(self, tensors: Iterable[Tensor]) -> None:
         """Take the tensors as they are now."""
@@ -65,8 +66,11 @@ class WrittenTensors:
         self._versions = now
 
 
-def _versions(tensors: Iterable[Tensor]) -> list[tuple[int, int, int]]:
-    return [(id(tensor), (own := local(tensor))._version, own.data_ptr()) for tensor in tensors]
+def _versions(tensors: Iterable[Tensor]) -> list[list[int]]:
+    """Of all tensors who they are, their versions and their addresses."""
+    listed = list(tensors)
+    own = locals_of(listed)
+    return [list(map(id, listed)), list(map(attrgetter("_version"), own)), list(map(Tensor.data_ptr, own))]
 
 
 def check_unchanged(name: str, parameter: Tensor, state: dict[str, Any], keep_base: bool) -> None:

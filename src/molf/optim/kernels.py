@@ -12,6 +12,9 @@ import subprocess
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import reduce
+from itertools import accumulate
+from operator import or_
 from typing import Any
 
 import torch
@@ -20,9 +23,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.errors import TritonError
 
-from .compiled import EPD, PFN, UPDATE, Compiled, Numbers, Row, addresses
+from .compiled import EPD, PFN, UPDATE, Column, Compiled, Numbers, Table, addresses, packed, spaced
 from .passes import CompileError
-from .scalars import numbers as to_device
 from .virtual import Products
 
 PIECE = 8192
@@ -37,10 +39,8 @@ TILE = 128
 DEPTH = 64
 """Terms of its sums in 16 bits that it takes at once; half as many in fp32, for the shared memory of smaller GPUs."""
 
-_GRAD, _M, _V, _VALUE, _STORE, _WINNER, _SUMS, _DECAY, _SIZE, _PER_ROW, _ROWS, _COLUMNS, _PIECE, _LINE, _FIELDS = (
-    tl.constexpr(i) for i in range(15)
-)
-"""Fields of a job in the table of a pass: ``Row``, then the numbers of its first piece and of its first row."""
+_GRAD, _M, _V, _VALUE, _STORE, _WINNER, _SUMS, _ROWS, _COLUMNS, _PIECE, _LINE = (tl.constexpr(i) for i in range(11))
+"""Columns of the table of a pass: those of ``Table``, then the numbers of a job's first piece and of its first row."""
 
 _OPTIONS = {"enable_fp_fusion": True}
 """Triton warns of a default that it will change."""
@@ -53,46 +53,54 @@ class Kernels(Compiled):
     """Runs jobs on a GPU."""
 
     LOW = (torch.bfloat16, torch.float16)
+    DEVICE = "cuda"
 
     def __init__(self) -> None:
         self._sums_compiled = False
 
-    def _pass(self, kind: int, rows: Sequence[Row], numbers: Numbers, like: Tensor) -> Iterator[Sequence[int]]:
-        alike: dict[Any, list[int]] = defaultdict(list)
-        for i, row in enumerate(rows):  # of winners and sums, one is loaded at a time
-            alike[row.dtypes, _is_aligned(row.addresses[: _WINNER.value], row.columns)].append(i)
-        for ((grad, store), aligned), chosen in alike.items():
-            listed, pieces, lines = [], 0, 0
-            for row in (rows[i] for i in chosen):
-                listed.append((*row.addresses, *row.rates, row.rows, row.columns, pieces, lines))
-                pieces, lines = pieces + row.rows * -(-row.columns // PIECE), lines + row.rows
-            table = to_device(listed, like, torch.long)
-            terms = like.new_empty(pieces) if kind < UPDATE else None
-            if terms is not None and lines and not self._sums_compiled:  # before the pass has run: it may fail
+    def _pass(self, kind: int, table: Table, numbers: Numbers, like: Tensor) -> Iterator[Sequence[int]]:
+        nothing, count = (None,) * len(table.rows), len(table.rows)
+        alike: dict[Any, list[int]] = defaultdict(list)  # of winners and sums, one is loaded at a time
+        aligned = _are_aligned([*table.addresses[: _WINNER.value], table.columns], count)
+        for i, kinds in enumerate(zip(table.grads or nothing, table.stores or nothing, aligned, strict=True)):
+            alike[kinds].append(i)
+        for (grad, store, on_16), chosen in alike.items():
+            columns = [*table.addresses, table.rows, table.columns]
+            if len(chosen) < count:
+                columns = [column and [column[i] for i in chosen] for column in columns]
+            rows, widths = columns[-2] or (), columns[-1] or ()
+            pieces = [0, *accumulate(height * -(-width // PIECE) for height, width in zip(rows, widths, strict=True))]
+            lines = [0, *accumulate(rows)]
+            jobs = _to_device([*columns, pieces[:-1], lines[:-1]], len(chosen), like)
+            terms = like.new_empty(pieces[-1]) if kind < UPDATE else None
+            if terms is not None and lines[-1] and not self._sums_compiled:  # before the pass has run: it may fail
                 with _compiling(like):
-                    _sums[(lines,)](table, len(listed), terms.zero_(), PIECE, BLOCK, **_OPTIONS)
+                    _sums[(lines[-1],)](jobs, len(chosen), terms.zero_(), PIECE, BLOCK, **_OPTIONS)
                 self._sums_compiled = True
-            if pieces:
+            if pieces[-1]:
                 with _compiling(like):
-                    _pass[(pieces,)](
-                        table,
-                        len(listed),
+                    _pass[(pieces[-1],)](
+                        jobs,
+                        len(chosen),
                         terms,
                         numbers.clip,
                         numbers.gate,
                         numbers.inverse_root,
+                        numbers.decay,
+                        numbers.step_size,
                         *numbers[:4],
                         kind,
                         _TYPES[grad or torch.float32],
                         None if store is None else _TYPES[store],
-                        aligned,
+                        on_16,
+                        numbers.by_row,
                         PIECE,
                         BLOCK,
                         **_OPTIONS,
                     )
-            if terms is not None and lines:
+            if terms is not None and lines[-1]:
                 with _compiling(like):
-                    _sums[(lines,)](table, len(listed), terms, PIECE, BLOCK, **_OPTIONS)
+                    _sums[(lines[-1],)](jobs, len(chosen), terms, PIECE, BLOCK, **_OPTIONS)
             yield chosen
 
     def _superpose(self, listed: Sequence[Products], scales: Tensor) -> None:
@@ -101,13 +109,13 @@ class Kernels(Compiled):
             left, right, depth = each.left * scales[:, None], each.right, DEPTH // 2
             if dtype != torch.float32:
                 left, right, depth = _halves(left, first=True), _halves(right, first=False), DEPTH
-            tiles = -(-rows // TILE) * -(-columns // TILE)
-            owns = addresses(each.targets, each.bases, left, right)
-            table = [(*own, rows, columns, i * tiles) for i, own in enumerate(owns)]
-            aligned = all(_is_aligned(row[:4], rows, columns) for row in table)
-            numbers = (to_device(table, scales, torch.long), len(table), left.shape[1])
+            count, tiles = len(each.targets), -(-rows // TILE) * -(-columns // TILE)
+            places = [addresses(each.targets), addresses(each.bases), spaced(left), spaced(right)]
+            aligned = all(_are_aligned(places, count)) and not (rows | columns) % 16
+            lengths = [rows] * count, [columns] * count, range(0, count * tiles, tiles)
+            numbers = (_to_device([*places, *lengths], count, scales), count, left.shape[1])
             with _compiling(scales):
-                _products[(tiles * len(table),)](
+                _products[(tiles * count,)](
                     *numbers, _TYPES[dtype], _TYPES[left.dtype], aligned, TILE, depth, **_OPTIONS, num_warps=8
                 )
 
@@ -116,29 +124,32 @@ class Kernels(Compiled):
     ) -> bool:
         """As ``Compiled.gradients``, where all is in 16 bits but ``out``."""
         low = A.dtype in self.LOW and all(each.dtype == A.dtype for each in grads)
-        plain = all(self._is_plain(each, low=True) for each in (*grads, A, Bt))
-        if not (low and plain and all(map(self._is_plain, (scales, *out))) and A.numel() and Bt.numel()):
+        plain = self._are_plain([*grads, A, Bt], low=True) and self._are_plain([scales, *out])
+        if not (low and plain and A.numel() and Bt.numel()):
             return False
         for left, to, across in ((Bt, out[0], turned), (A, out[1], not turned)):
-            table, tiles = [], 0
-            for own in addresses(grads, (), left, to):
-                table.append((*own, to.shape[2], left.shape[2], tiles))
-                tiles += -(-to.shape[2] // TILE)
-            aligned = all(_is_aligned(row[:3], *row[3:5]) for row in table)
-            numbers = (to_device(table, scales, torch.long), len(table), scales, len(scales))
+            count, columns, depth = len(grads), to.shape[2], left.shape[2]
+            tiles = -(-columns // TILE)
+            places = [addresses(grads), spaced(left), spaced(to)]
+            aligned = all(_are_aligned(places, count)) and not (columns | depth) % 16
+            lengths = [columns] * count, [depth] * count, range(0, count * tiles, tiles)
+            numbers = (_to_device([*places, *lengths], count, scales), count, scales, len(scales))
             with _compiling(scales):
-                _gradients[(tiles, -(-len(scales) // TILE))](
+                _gradients[(tiles * count, -(-len(scales) // TILE))](
                     *numbers, _TYPES[A.dtype], aligned, across, TILE, DEPTH, **_OPTIONS, num_warps=8
                 )
         return True
 
-    def _is_on(self, tensor: Tensor) -> bool:
-        return tensor.is_cuda
+
+def _are_aligned(columns: Sequence[Column], count: int) -> list[bool]:
+    """Of each job whether 16 bytes can be loaded at once at all addresses and after all lengths."""
+    return [not reduce(or_, job) % 16 for job in zip(*filter(None, columns), strict=True)]
 
 
-def _is_aligned(addresses: Sequence[int], *lengths: int) -> bool:
-    """Whether 16 bytes can be loaded at once, of every row."""
-    return all(address % 16 == 0 for address in addresses) and all(length % 16 == 0 for length in lengths)
+def _to_device(columns: Sequence[Column], count: int, like: Tensor) -> Tensor:
+    """A table of ``count`` jobs on a device, without a wait for it."""
+    table = torch.frombuffer(packed(columns, count), dtype=torch.long)
+    return (table.pin_memory() if like.is_cuda else table).to(like.device, non_blocking=True)
 
 
 def _halves(factor: Tensor, first: bool) -> Tensor:
@@ -164,31 +175,31 @@ def _compiling(like: Tensor) -> Iterator[None]:
 
 
 @triton.jit
-def _find(table, count, number, FIELD: tl.constexpr, FIELDS: tl.constexpr):
-    """The last job whose ``FIELD``, the number of its first piece, is at most ``number``."""
+def _find(table, count, number, FIELD: tl.constexpr):
+    """The last job whose ``FIELD``, the number of its first piece, is at most ``number``; where its numbers begin."""
     low = 0
     high = count
     while high - low > 1:
         middle = (low + high) // 2
-        before = tl.load(table + middle * FIELDS + FIELD) <= number
+        before = tl.load(table + FIELD * count + middle) <= number
         low = tl.where(before, middle, low)
         high = tl.where(before, high, middle)
-    return low
+    return table + low
 
 
 @triton.jit
-def _pointer(job, FIELD: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+def _pointer(job, count, FIELD: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
     """The address in a field of a job."""
-    pointer = tl.load(job + FIELD).to(tl.pointer_type(TYPE))
+    pointer = tl.load(job + FIELD * count).to(tl.pointer_type(TYPE))
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
     return pointer
 
 
 @triton.jit
-def _length(job, FIELD: tl.constexpr, ALIGNED: tl.constexpr):
+def _length(job, count, FIELD: tl.constexpr, ALIGNED: tl.constexpr):
     """The number in a field of a job."""
-    length = tl.load(job + FIELD)
+    length = tl.load(job + FIELD * count)
     if ALIGNED:
         length = tl.multiple_of(length, 16)
     return length
@@ -201,7 +212,7 @@ def _moments(g, m, v, lerp, beta2, square):
     return m, v * beta2 + square * g * g
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count", "inverse_root", "decays", "sizes"])
 def _pass(
     table,
     count,
@@ -209,6 +220,8 @@ def _pass(
     clip,
     gate,
     inverse_root,
+    decays,
+    sizes,
     lerp,
     beta2,
     square,
@@ -217,31 +230,32 @@ def _pass(
     GRAD: tl.constexpr,
     STORE: tl.constexpr,
     ALIGNED: tl.constexpr,
+    BY_ROW: tl.constexpr,
     PIECE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One piece of a row; ``element`` of passes.cpp, over blocks."""
     piece = tl.program_id(0)
-    job = table + _find(table, count, piece, _PIECE, _FIELDS) * _FIELDS
-    columns = _length(job, _COLUMNS, ALIGNED)
+    job = _find(table, count, piece, _PIECE)
+    columns = _length(job, count, _COLUMNS, ALIGNED)
     pieces = (columns + PIECE - 1) // PIECE
-    at = piece - tl.load(job + _PIECE)
+    at = piece - tl.load(job + _PIECE * count)
     row = at // pieces
     begin = (at % pieces) * PIECE
     end = tl.minimum(begin + PIECE, columns)
-    winner = tl.load(job + _WINNER)
+    winner = tl.load(job + _WINNER * count)
     moves = tl.load(winner.to(tl.pointer_type(tl.int8)) + row, mask=winner != 0, other=1) != 0
     if KIND != _UPDATE and gate is not None:
         moves = moves & tl.load(gate).to(tl.int1)
     if moves:
-        grad = _pointer(job, _GRAD, GRAD, ALIGNED)
-        first = _pointer(job, _M, tl.float32, ALIGNED)
-        second = _pointer(job, _V, tl.float32, ALIGNED)
-        value = _pointer(job, _VALUE, tl.float32, ALIGNED)
+        grad = _pointer(job, count, _GRAD, GRAD, ALIGNED)
+        first = _pointer(job, count, _M, tl.float32, ALIGNED)
+        second = _pointer(job, count, _V, tl.float32, ALIGNED)
+        value = _pointer(job, count, _VALUE, tl.float32, ALIGNED)
         if KIND >= _UPDATE:
-            per_row = row * tl.load(job + _PER_ROW)
-            decay = tl.load(_pointer(job, _DECAY, tl.float32, False) + per_row)
-            size = tl.load(_pointer(job, _SIZE, tl.float32, False) + per_row)
+            at_row = row if BY_ROW else 0
+            decay = tl.load(decays + at_row)
+            size = tl.load(sizes + at_row)
             inverse = tl.load(inverse_root)
         total = tl.zeros([BLOCK], dtype=tl.float32)
         for start in range(begin, end, BLOCK):
@@ -268,7 +282,7 @@ def _pass(
                 moved += tl.div_rn(m * size, root * inverse + eps)
                 tl.store(value + place, moved, mask=mask)
                 if STORE is not None:
-                    tl.store(_pointer(job, _STORE, STORE, ALIGNED) + place, moved.to(STORE), mask=mask)
+                    tl.store(_pointer(job, count, _STORE, STORE, ALIGNED) + place, moved.to(STORE), mask=mask)
         if KIND < _UPDATE:
             tl.store(terms + piece, tl.sum(total, 0))
 
@@ -277,15 +291,15 @@ def _pass(
 def _sums(table, count, terms, PIECE: tl.constexpr, BLOCK: tl.constexpr):
     """Adds up the terms of a row's pieces, in an order of their own."""
     line = tl.program_id(0)
-    job = table + _find(table, count, line, _LINE, _FIELDS) * _FIELDS
-    pieces = (tl.load(job + _COLUMNS) + PIECE - 1) // PIECE
-    row = line - tl.load(job + _LINE)
-    begin = tl.load(job + _PIECE) + row * pieces
+    job = _find(table, count, line, _LINE)
+    pieces = (tl.load(job + _COLUMNS * count) + PIECE - 1) // PIECE
+    row = line - tl.load(job + _LINE * count)
+    begin = tl.load(job + _PIECE * count) + row * pieces
     total = tl.zeros([BLOCK], dtype=tl.float64)
     for start in range(0, pieces, BLOCK):
         inside = start + tl.arange(0, BLOCK)
         total += tl.load(terms + begin + inside, mask=inside < pieces, other=0.0).to(tl.float64)
-    tl.store(_pointer(job, _SUMS, tl.float32, False) + row, tl.sum(total, 0).to(tl.float32))
+    tl.store(_pointer(job, count, _SUMS, tl.float32, False) + row, tl.sum(total, 0).to(tl.float32))
 
 
 @triton.jit(do_not_specialize=["count", "rank"])
@@ -301,15 +315,15 @@ def _products(
 ):
     """One tile of P = W + leftᵀ right."""
     tile = tl.program_id(0)
-    job = table + _find(table, count, tile, 6, 7) * 7
-    target = _pointer(job, 0, TARGET, ALIGNED)
-    base = _pointer(job, 1, tl.float32, ALIGNED)
-    left = _pointer(job, 2, FACTOR, ALIGNED)
-    right = _pointer(job, 3, FACTOR, ALIGNED)
-    rows = _length(job, 4, ALIGNED)
-    columns = _length(job, 5, ALIGNED)
+    job = _find(table, count, tile, 6)
+    target = _pointer(job, count, 0, TARGET, ALIGNED)
+    base = _pointer(job, count, 1, tl.float32, ALIGNED)
+    left = _pointer(job, count, 2, FACTOR, ALIGNED)
+    right = _pointer(job, count, 3, FACTOR, ALIGNED)
+    rows = _length(job, count, 4, ALIGNED)
+    columns = _length(job, count, 5, ALIGNED)
     across = (columns + TILE - 1) // TILE
-    at = tile - tl.load(job + 6)
+    at = tile - tl.load(job + 6 * count)
     row = at // across * TILE + tl.arange(0, TILE)
     column = at % across * TILE + tl.arange(0, TILE)
     place = row[:, None] * columns + column[None, :]
@@ -338,14 +352,14 @@ def _gradients(
 ):
     """One tile of s ⊙ left G (rank, columns), with left (rank, depth) and G (depth, columns), or its transpose."""
     tile = tl.program_id(0)
-    job = table + _find(table, count, tile, 5, 6) * 6
-    grad = _pointer(job, 0, GRAD, ALIGNED)
-    left = _pointer(job, 1, GRAD, ALIGNED)
-    out = _pointer(job, 2, tl.float32, ALIGNED)
-    columns = _length(job, 3, ALIGNED)
-    depth = _length(job, 4, ALIGNED)
+    job = _find(table, count, tile, 5)
+    grad = _pointer(job, count, 0, GRAD, ALIGNED)
+    left = _pointer(job, count, 1, GRAD, ALIGNED)
+    out = _pointer(job, count, 2, tl.float32, ALIGNED)
+    columns = _length(job, count, 3, ALIGNED)
+    depth = _length(job, count, 4, ALIGNED)
     ranks = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    column = (tile - tl.load(job + 5)) * TILE + tl.arange(0, TILE)
+    column = (tile - tl.load(job + 5 * count)) * TILE + tl.arange(0, TILE)
     total = tl.zeros([TILE, TILE], dtype=tl.float32)
     for start in range(0, depth, DEPTH):
         inner = start + tl.arange(0, DEPTH)

@@ -12,14 +12,14 @@ import os
 import shlex
 import subprocess
 import tempfile
-from array import array
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .compiled import SQUARES, Compiled, Numbers, Row, addresses
+from .compiled import SQUARES, Compiled, Numbers, Table, addresses, packed, spaced
 from .passes import CompileError
 from .virtual import Products
 
@@ -32,52 +32,53 @@ PRODUCT_TO = 2**15
 class Native(Compiled):
     """Runs jobs on a CPU."""
 
+    DEVICE = "cpu"
+
     def prepare(self) -> None:
         """Compile everything."""
         _library()
 
     def squares(self, tensors: Sequence[Tensor], counts: Sequence[int]) -> Tensor | None:
         """As ``Compiled.squares``, of tensors that are plain."""
-        if not all(self._is_plain(tensor, low=True) for tensor in tensors):
+        if not self._are_plain(tensors, low=True):
             return None
-        sums, rows, place = torch.empty(sum(counts), device="cpu"), [], 0
-        for tensor, count in zip(tensors, counts, strict=True):
-            places = (tensor.data_ptr(), 0, 0, 0, 0, 0, sums.data_ptr() + place * sums.element_size())
-            rows.append(Row(places, (0, 0, 0), count, tensor.numel() // count, (tensor.dtype, None)))
-            place += count
-        for _ in self._pass(SQUARES, rows, Numbers(0.0, 0.0, 0.0, 0.0, None, None, None), sums):
+        sums = torch.empty(sum(counts), device="cpu")
+        places = [sums.data_ptr() + start * sums.element_size() for start in accumulate(counts, initial=0)][:-1]
+        widths = [tensor.numel() // count for tensor, count in zip(tensors, counts, strict=True)]
+        dtypes = [tensor.dtype for tensor in tensors]
+        table = Table([addresses(tensors), *[None] * 5, places], counts, widths, dtypes, None)
+        for _ in self._pass(SQUARES, table, Numbers(), sums):
             pass
         return sums
 
-    def _pass(self, kind: int, rows: Sequence[Row], numbers: Numbers, like: Tensor) -> Iterator[Sequence[int]]:
+    def _pass(self, kind: int, table: Table, numbers: Numbers, like: Tensor) -> Iterator[Sequence[int]]:
         if numbers.gate is not None:
             return
-        listed = array("q")
-        for row in rows:
-            listed.extend((*row.addresses, *row.rates, row.rows, row.columns, row.dtypes[0] == torch.bfloat16))
+        count, low = len(table.rows), table.grads and [dtype == torch.bfloat16 for dtype in table.grads]
+        listed = packed([*table.addresses, table.rows, table.columns, low], count)
         _library().molf_pass(
             kind,
             listed.buffer_info()[0],
-            len(rows),
+            count,
             torch.get_num_threads(),
             *numbers[:4],
-            _address(numbers.clip),
-            _address(numbers.inverse_root),
+            *map(_address, (numbers.clip, numbers.inverse_root, numbers.decay, numbers.step_size)),
+            numbers.by_row,
         )
-        yield range(len(rows))
+        yield range(count)
 
     def _superpose(self, listed: Sequence[Products], scales: Tensor) -> None:
-        jobs, count = array("q"), 0  # ``Product`` of passes.cpp
+        columns: list[list[int]] = [[] for _ in range(7)]  # ``Product`` of passes.cpp
         for each in listed:
-            rest = (each.left.shape[2], each.right.shape[2], each.targets[0].dtype == torch.bfloat16)
-            for own in addresses(*each):
-                jobs.extend((*own, *rest))
-            count += len(each.targets)
-        threads = torch.get_num_threads()
+            shape = (each.left.shape[2], each.right.shape[2], each.targets[0].dtype == torch.bfloat16)
+            places = (*map(addresses, each[:2]), *map(spaced, each[2:]))
+            for column, own in zip(
+                columns, (*places, *([number] * len(each.targets) for number in shape)), strict=True
+            ):
+                column.extend(own or ())
+        count, threads = len(columns[0]), torch.get_num_threads()
+        jobs = packed(columns, count)
         _library().molf_superpose(jobs.buffer_info()[0], count, threads, scales.data_ptr(), len(scales))
-
-    def _is_on(self, tensor: Tensor) -> bool:
-        return tensor.is_cpu
 
     def _are_products(self, each: Products) -> bool:
         return each.targets[0].numel() < PRODUCT_TO and super()._are_products(each)
@@ -106,7 +107,7 @@ def _library() -> ctypes.CDLL:
     except (OSError, ValueError) as error:
         raise CompileError(f"{compiler}: {error}") from error
     whole, real, pointer = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
-    loaded.molf_pass.argtypes = [whole, pointer, whole, whole, real, real, real, real, pointer, pointer]
+    loaded.molf_pass.argtypes = [whole, pointer, whole, whole, *[real] * 4, *[pointer] * 4, whole]
     loaded.molf_superpose.argtypes = [pointer, whole, whole, pointer, whole]
     for function in (loaded.molf_pass, loaded.molf_superpose):
         function.restype = None

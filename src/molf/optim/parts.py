@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .layout import Slot
-from .sharding import local
+from .sharding import local, locals_of
 
 
 @dataclass(eq=False)
@@ -60,19 +60,20 @@ class Part:
 
     def gradient(self) -> Tensor:
         """G of all parameters, of what this process holds."""
-        return self.joined([gradient(parameter) for parameter in self.parameters])
+        return self.joined(gradients(self.parameters))
 
     def precise(self, values: Mapping[int, Tensor]) -> list[Tensor]:
         """The precise value of each parameter: one of ``values`` by its id, its master, or itself."""
         pairs = zip(self.parameters, self.states, strict=True)
-        return [local(values.get(id(parameter), state.get("base", parameter))) for parameter, state in pairs]
+        return locals_of(values.get(id(parameter), state.get("base", parameter)) for parameter, state in pairs)
 
 
-def gradient(parameter: Tensor) -> Tensor:
-    """A parameter's gradient, of a sharded one the part that this process holds."""
-    if parameter.grad is None:
+def gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The parameters' gradients, of sharded ones the parts that this process holds."""
+    found = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if len(found) < len(parameters):
         raise RuntimeError("a gradient disappeared during the step")
-    return local(parameter.grad)
+    return locals_of(found)
 
 
 def _stacked(tensors: Sequence[Tensor]) -> Tensor:

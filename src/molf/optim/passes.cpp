@@ -28,9 +28,6 @@ struct Job {
   uint16_t* store;        // bf16, takes the value rounded; or null
   const uint8_t* winner;  // per row whether the value moves; null: all do
   float* sums;            // what the score sums over each row, or the gradient's squares; or null
-  const float* decay;     // 1 - ηλ, one or one per row
-  const float* size;      // -η / (1-β1ⁿ), likewise
-  int64_t per_row;        // whether these are one per row
   int64_t rows, columns;
   int64_t bf16;  // whether the gradient is
 };
@@ -42,6 +39,9 @@ struct Numbers {
   float eps;           // ε
   float clip;          // the clipping factor
   float inverse_root;  // 1 / √(1-β2ⁿ)
+  const float* decay;  // 1 - ηλ, one or one per row
+  const float* size;   // -η / (1-β1ⁿ), likewise
+  int64_t by_row;      // whether these are one per row
 };
 
 enum Kind { SQUARES, EPD, PFN, UPDATE, UNROUTED };
@@ -116,8 +116,22 @@ double piece(const Job& job, int64_t start, int64_t count, float decay, float si
 
 int64_t pieces(const Job& job) { return (job.columns + PIECE - 1) / PIECE; }
 
+// Jobs from the numbers of all of them, field after field.
+template <class T>
+std::vector<T> read(const int64_t* table, int64_t count) {
+  constexpr int64_t fields = sizeof(T) / sizeof(int64_t);
+  std::vector<T> jobs(count);
+  for (int64_t i = 0; i < count; ++i) {
+    int64_t job[fields];
+    for (int64_t field = 0; field < fields; ++field) job[field] = table[field * count + i];
+    std::memcpy(&jobs[i], job, sizeof job);
+  }
+  return jobs;
+}
+
 template <Kind kind>
-void run(const Job* jobs, int64_t count, Numbers c, int64_t threads) {
+void run(const std::vector<Job>& jobs, Numbers c, int64_t threads) {
+  const int64_t count = jobs.size();
   std::vector<int64_t> first(count + 1, 0);  // the first piece of each job
   for (int64_t i = 0; i < count; ++i) first[i + 1] = first[i] + jobs[i].rows * pieces(jobs[i]);
   std::vector<double> terms(kind < UPDATE ? first[count] : 0);
@@ -131,8 +145,8 @@ void run(const Job* jobs, int64_t count, Numbers c, int64_t threads) {
       const int64_t row = (p - first[i]) / pieces(job), column = (p - first[i]) % pieces(job) * PIECE;
       if (job.winner && !job.winner[row]) continue;
       const int64_t start = row * job.columns + column, elements = std::min(PIECE, job.columns - column);
-      const int64_t at = job.per_row ? row : 0;
-      const float decay = job.decay ? job.decay[at] : 1, size = job.size ? job.size[at] : 0;
+      const int64_t at = c.by_row ? row : 0;
+      const float decay = c.decay ? c.decay[at] : 1, size = c.size ? c.size[at] : 0;
       const double found = job.bf16 ? piece<kind, uint16_t>(job, start, elements, decay, size, c)
                                     : piece<kind, float>(job, start, elements, decay, size, c);
       if (kind < UPDATE) terms[p] = found;
@@ -196,7 +210,8 @@ int64_t bands(const Product& job) { return (job.rows + HEIGHT - 1) / HEIGHT; }
 
 }  // namespace
 
-extern "C" void molf_superpose(const Product* jobs, int64_t count, int64_t threads, const float* scales, int64_t rank) {
+extern "C" void molf_superpose(const int64_t* table, int64_t count, int64_t threads, const float* scales, int64_t rank) {
+  const std::vector<Product> jobs = read<Product>(table, count);
   std::vector<int64_t> first(count + 1, 0);  // the first band of each job
   for (int64_t i = 0; i < count; ++i) first[i + 1] = first[i] + bands(jobs[i]);
 #pragma omp parallel num_threads(threads)
@@ -212,14 +227,16 @@ extern "C" void molf_superpose(const Product* jobs, int64_t count, int64_t threa
   }
 }
 
-extern "C" void molf_pass(int64_t kind, const Job* jobs, int64_t count, int64_t threads, float lerp, float beta2,
-                          float square, float eps, const float* clip, const float* inverse_root) {
-  const Numbers c{lerp, beta2, square, eps, clip ? *clip : 1, inverse_root ? *inverse_root : 1};
+extern "C" void molf_pass(int64_t kind, const int64_t* table, int64_t count, int64_t threads, float lerp, float beta2,
+                          float square, float eps, const float* clip, const float* inverse_root, const float* decay,
+                          const float* size, int64_t by_row) {
+  const std::vector<Job> jobs = read<Job>(table, count);
+  const Numbers c{lerp, beta2, square, eps, clip ? *clip : 1, inverse_root ? *inverse_root : 1, decay, size, by_row};
   switch (static_cast<Kind>(kind)) {
-    case SQUARES: return run<SQUARES>(jobs, count, c, threads);
-    case EPD: return run<EPD>(jobs, count, c, threads);
-    case PFN: return run<PFN>(jobs, count, c, threads);
-    case UPDATE: return run<UPDATE>(jobs, count, c, threads);
-    case UNROUTED: return run<UNROUTED>(jobs, count, c, threads);
+    case SQUARES: return run<SQUARES>(jobs, c, threads);
+    case EPD: return run<EPD>(jobs, c, threads);
+    case PFN: return run<PFN>(jobs, c, threads);
+    case UPDATE: return run<UPDATE>(jobs, c, threads);
+    case UNROUTED: return run<UNROUTED>(jobs, c, threads);
   }
 }

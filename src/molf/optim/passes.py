@@ -80,28 +80,40 @@ class Passes:
         """Without the compiler, which is no part of a copy."""
         return {**vars(self), "_compiler": None}
 
-    def run(self, function: Pass, jobs: Sequence[Job], shared: Any, by_row: bool = False) -> list[Any]:
-        """``function`` over all jobs; returns its results in their order.
+    def run(self, function: Pass, jobs: Sequence[Job], shared: Any, rows: Sequence[int] | None = None) -> Tensor:
+        """``function`` over all jobs.
 
         Args:
             function: One of the three passes.
             jobs: The tensors.
             shared: What all jobs have in common: numbers, and tensors that broadcast to theirs.
-            by_row: Whether something is summed or varies along the rows; else a tensor's shape does not matter, and
-                what is summed may be so over any of its dimensions.
+            rows: How many rows each job has, over which is summed, or along which numbers or winners vary. None is one
+                each, in whatever shape a job's tensors are.
+
+        Returns:
+            What ``track_all`` sums, over every row of every job, one after the other; else nothing.
 
         Raises:
             CompileError: If compiling fails and was asked for.
         """
-        results = self._compiled(function, jobs, shared, by_row) if self.compiles else {}
+        varies = rows is not None and function is not track_all  # numbers, or who moves, along the rows
+        rows = [1] * len(jobs) if rows is None else rows
+        sums = _room(jobs, rows) if function is track_all else torch.empty(0, device=self._device)
+        done = self._compiled(function, jobs, shared, rows, sums) if self.compiles else set()
+        if len(done) == len(jobs):
+            return sums
         groups: dict[Any, list[int]] = defaultdict(list)
-        rest = {i: job if by_row else flat(job) for i, job in enumerate(jobs) if i not in results}
+        rest = {i: job if varies or rows[i] != 1 else flat(job) for i, job in enumerate(jobs) if i not in done}
         for i, job in rest.items():
             groups[_alike(job)].append(i)
+        found: dict[int, Any] = {}
         for indices in groups.values():
-            found = _in_blocks(function, [rest[i] for i in indices], shared)
-            results |= zip(indices, found, strict=True)
-        return [results[i] for i in range(len(jobs))]
+            found |= zip(indices, _in_blocks(function, [rest[i] for i in indices], shared), strict=True)
+        if function is track_all:
+            places = sums.split(list(rows))
+            own = [(each.sum() if each.dim() and rows[i] == 1 else each).flatten() for i, each in found.items()]
+            torch._foreach_copy_([places[i] for i in found], own)
+        return sums
 
     def prepare(self) -> None:
         """Find out whether compiling works.
@@ -131,11 +143,18 @@ class Passes:
         """``Compiled.gradients``."""
         return self.compiles and bool(self._attempt(lambda compiler: compiler.gradients(*arguments)))
 
-    def _compiled(self, function: Pass, jobs: Sequence[Job], shared: Any, by_row: bool) -> dict[int, Any]:
-        """Results of the jobs that run compiled, by their numbers: if it fails, of those that had run."""
-        results: dict[int, Any] = {}
-        self._attempt(lambda compiler: results.update(compiler.run(function, jobs, shared, by_row)))
-        return results
+    def _compiled(
+        self, function: Pass, jobs: Sequence[Job], shared: Any, rows: Sequence[int], sums: Tensor
+    ) -> set[int]:
+        """The numbers of the jobs that have run compiled, also where it failed after some."""
+        done: set[int] = set()
+
+        def run(compiler: Any) -> None:
+            for ran in compiler.run(function, jobs, shared, rows, sums):
+                done.update(ran)
+
+        self._attempt(run)
+        return done
 
     def _attempt(self, call: Callable[[Any], Any]) -> Any:
         """What the compiler's function returns; None where compiling fails, and "auto" has stopped then."""
@@ -166,6 +185,15 @@ class Passes:
                 raise CompileError(f"Triton: {error}") from error
             self._compiler = Kernels()
         return self._compiler
+
+
+def _room(jobs: Sequence[Job], rows: Sequence[int]) -> Tensor:
+    """For the sums over all rows of jobs (grad, m, v)."""
+    if not jobs:
+        return torch.empty(0)
+    moment = jobs[0][1]
+    dtype = torch.float32 if is_quantized(moment) else moment.dtype
+    return torch.empty(sum(rows), dtype=dtype, device=moment.device)
 
 
 def flat(job: Job) -> Job:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from .config import MoLFConfig
 from .quantized import as_float
 
-_PLAIN = (Tensor, nn.Parameter)
+PLAIN = {Tensor, nn.Parameter}
+"""Of a subclass the data may be elsewhere."""
 
 
 class ProcessesDifferError(RuntimeError):
@@ -33,9 +34,13 @@ def is_distributed(tensor: Any) -> bool:
 
 def local(tensor: Any) -> Tensor:
     """The part of a DTensor that this process holds, sharing its memory; any other tensor as it is."""
-    if type(tensor) in _PLAIN:  # nearly all are, and a step asks for each of them
-        return tensor
-    return tensor.to_local() if is_distributed(tensor) else tensor
+    return tensor.to_local() if type(tensor) not in PLAIN and is_distributed(tensor) else tensor
+
+
+def locals_of(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """``local`` of each; a step asks for those of all its tensors, and nearly always they are plain."""
+    listed = list(tensors)
+    return listed if set(map(type, listed)) <= PLAIN else [local(tensor) for tensor in listed]
 
 
 def processes() -> int:

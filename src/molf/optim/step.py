@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from itertools import accumulate
+from itertools import accumulate, product
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import scalars, virtual
+from . import virtual
 from .adamw import Tracking
 from .config import MoLFConfig
 from .guards import GradientCheck, check_gradients, check_unchanged, look_at, refuse_sparse
 from .layout import RoutedModule, Slot
+from .parts import Part
 from .passes import track_all
 from .policy import priorities
 from .quantized import is_quantized
@@ -66,6 +67,7 @@ class MoLFStep(MoLFUpdate):
         it; until then a gate on the device keeps the moments as they are if that is not so.
         """
         self._coefficients.clear()
+        self._keys.clear()
         if not active and not others:
             return
         known = self.stacks()
@@ -135,56 +137,56 @@ class MoLFStep(MoLFUpdate):
         """Universal momentum tracking; returns what the scores sum over each expert's elements, (M, E)."""
         columns = []
         if self.config.train_base:
-            jobs = [
-                (g, part.exp_avg, part.exp_avg_sq)
-                for stack, each in zip(stacks, grads, strict=True)
-                for g, part in zip(each.dense, stack.dense, strict=True)
-            ]
-            rows = [len(part.members) for stack in stacks for part in stack.dense]
-            found = self._run_tracking("dense", jobs, rows, check)
+            parts = [part for stack in stacks for part in stack.dense]
+            given = [grad for each in grads for grad in each.dense]
+            found = self._run_tracking("dense", parts, given, [len(part.members) for part in parts], check)
             columns.append(_totals(stacks, found)[:, None])
         if self.config.expert_ranks:
-            jobs = [
-                (g, part.exp_avg, part.exp_avg_sq)
-                for stack, each in zip(stacks, grads, strict=True)
-                for g, part in zip(each.pair, stack.pair or (), strict=True)
-            ]
-            sums = self._run_tracking(self._lora_experts[0], jobs, [2] * len(jobs), check)
+            parts = [stack.pair[factor] for factor in (0, 1) for stack in stacks if stack.pair is not None]
+            given = [each.pair[factor] for factor in (0, 1) for each in grads if each.pair]
+            rows = [len(part.exp_avg) for part in parts]
+            sums = self._run_tracking(self._lora_experts[0], parts, given, rows, check)
             if self.shards is not None:
-                sums = self._own_sums(stacks, sums, self.shards)
-            per_rank = join(sums[0::2]).add_(join(sums[1::2])).view(-1, sum(self.config.expert_ranks))
+                sums = self._own_sums(stacks, sums.split(rows), self.shards)
+            per_rank = sums.view(2, -1, sum(self.config.expert_ranks)).sum(0)
             columns += [own.sum(1, keepdim=True) for own in per_rank.split(list(self.config.expert_ranks), 1)]
         total = torch.cat([column.to(columns[0]) for column in columns], 1)
         return total if self.shards is None else self.shards.add_up([total])[0]
 
     def _run_tracking(
-        self, expert: str, jobs: Sequence[Any], rows: Sequence[int], check: GradientCheck
-    ) -> list[Tensor]:
-        """``track_`` over jobs of one expert's group: sums per row, or over the whole of a job that is one row."""
-        group, results = self._group(expert), [torch.empty(0)] * len(jobs)
-        for (device, dtype, by_row), places in _by_place(jobs, rows).items():
-            shared = Tracking(group["betas"], group["eps"], self.config.score_fn, *check.on(device, dtype))
-            found = self._passes.run(track_all, [jobs[i] for i in places], shared, by_row=by_row)
-            for i, sums in zip(places, found, strict=True):
+        self, expert: str, parts: Sequence[Part], grads: Sequence[Tensor], rows: Sequence[int], check: GradientCheck
+    ) -> Tensor:
+        """``track_`` over parts of one expert's group: the sums over every row of each, one after the other."""
+        group, results = self._group(expert), [torch.empty(0)] * len(parts)
+        places: dict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
+        for i, part in enumerate(parts):
+            m = part.exp_avg
+            places[m.device, torch.float32 if is_quantized(m) else m.dtype].append(i)
+        for place, chosen in places.items():
+            jobs = [(grads[i], parts[i].exp_avg, parts[i].exp_avg_sq) for i in chosen]
+            own = [rows[i] for i in chosen]
+            shared = Tracking(group["betas"], group["eps"], self.config.score_fn, *check.on(*place))
+            found = self._passes.run(track_all, jobs, shared, own)
+            if len(places) == 1:
+                return found
+            for i, sums in zip(chosen, found.split(own), strict=True):
                 results[i] = sums
-        return results
+        return join(results)
 
-    def _own_sums(self, stacks: Sequence[Stack], found: Sequence[Tensor], shards: Shards) -> list[Tensor]:
-        """This process's share of the sums per rank of every A and B, (R,) each.
+    def _own_sums(self, stacks: Sequence[Stack], found: Sequence[Tensor], shards: Shards) -> Tensor:
+        """This process's share of the sums per rank of every A, and then of every B, (R,) each.
 
         The sums of A's that are sharded take their places; those of a factor that all processes hold count once.
         """
         shares = []
-        for i, stack in enumerate(stacks):
-            module = stack.modules[0]  # sharded modules are not stacked
-            whole = self._partial_factor(module)
-            for factor, sums in enumerate(found[2 * i : 2 * i + 2]):
-                share = sums.new_zeros(sum(self.config.expert_ranks))
-                if factor != whole or shards.first:
-                    start = self._first_rank(module) if factor == 0 else 0
-                    share[start : start + len(sums)] = sums
-                shares.append(share)
-        return shares
+        modules = [stack.modules[0] for stack in stacks]  # sharded modules are not stacked
+        for (factor, module), sums in zip(product((0, 1), modules), found, strict=True):
+            share = sums.new_zeros(sum(self.config.expert_ranks))
+            if factor != self._partial_factor(module) or shards.first:
+                start = self._first_rank(module) if factor == 0 else 0
+                share[start : start + len(sums)] = sums
+            shares.append(share)
+        return torch.cat(shares)
 
     def _scores(self, stacks: Sequence[Stack], sums: Tensor) -> Tensor:
         """Scores (M, E) from the sums: (η_i / N_i) Σ for "epd", √(Σ / N_i) for "pfn".  Source: section 4.3."""
@@ -249,17 +251,10 @@ class MoLFStep(MoLFUpdate):
         return self.param_groups[slot[0]]["param_names"][slot[1]]
 
 
-def _totals(stacks: Sequence[Stack], found: Sequence[Tensor]) -> Tensor:
-    """Sums of weight and bias together, (M,), from those of all parts; of one module's they may come per row."""
-    parts = [(start, part) for start, stack in zip(_starts(stacks), stacks, strict=True) for part in stack.dense]
-    single, several, modules = [], [], []
-    for (start, part), sums in sorted(zip(parts, found, strict=True), key=lambda each: len(each[0][1].members)):
-        if len(part.members) == 1:
-            single.append(sums.sum() if sums.dim() else sums)
-        else:
-            several.append(sums)
-        modules += [start + k for k in part.members]
-    sums = join([*([scalars.stack(single)] if single else ()), *several])
+def _totals(stacks: Sequence[Stack], sums: Tensor) -> Tensor:
+    """Sums of weight and bias together, (M,), from those of all parts."""
+    starts = zip(_starts(stacks), stacks, strict=True)
+    modules = [start + k for start, stack in starts for part in stack.dense for k in part.members]
     if modules == list(range(len(modules))):
         return sums
     # two terms of a sum are the same in either order
@@ -269,12 +264,3 @@ def _totals(stacks: Sequence[Stack], found: Sequence[Tensor]) -> Tensor:
 def _starts(stacks: Sequence[Stack]) -> list[int]:
     """The number of each stack's first module among all."""
     return [0, *accumulate(len(stack) for stack in stacks)][:-1]
-
-
-def _by_place(jobs: Sequence[Any], rows: Sequence[int]) -> dict[tuple[torch.device, torch.dtype, bool], list[int]]:
-    """Indices of the jobs by the device and dtype of their first moment, and whether they have several rows."""
-    places: dict[tuple[torch.device, torch.dtype, bool], list[int]] = defaultdict(list)
-    for index, (job, several) in enumerate(zip(jobs, rows, strict=True)):
-        dtype = torch.float32 if is_quantized(job[1]) else job[1].dtype
-        places[job[1].device, dtype, several > 1].append(index)
-    return places

@@ -19,7 +19,7 @@ from .layout import RoutedModule
 from .parts import Part
 from .passes import adamw_all, unrouted_all
 from .scalars import numbers
-from .sharding import first_row, local
+from .sharding import first_row, locals_of
 from .stacks import OtherStack, Stack
 from .state import MoLFState
 from .virtual import Products, products
@@ -35,11 +35,12 @@ class MoLFUpdate(MoLFState):
         self, params: Iterable[dict[str, Any]], config: MoLFConfig, modules: Sequence[RoutedModule] = ()
     ) -> None:
         self._coefficients: dict[tuple[Any, ...], Coefficients] = {}
+        self._keys: dict[tuple[Any, ...], tuple[Any, ...]] = {}
         super().__init__(params, config, modules)
 
     def __getstate__(self) -> dict[str, Any]:
         """As of the state."""
-        return {**super().__getstate__(), "_coefficients": {}}
+        return {**super().__getstate__(), "_coefficients": {}, "_keys": {}}
 
     def _update(self, stacks: Sequence[Stack], winners: Mapping[str, Sequence[int]]) -> None:
         """AdamW for the winners of these modules, then P follows. Losers are not touched."""
@@ -70,7 +71,8 @@ class MoLFUpdate(MoLFState):
             c = self._coefficients[key]
             for masked in (False, True):
                 chosen = [job for job in listed if (job[-1] is not None) == masked]
-                self._passes.run(adamw_all, chosen, c, by_row=masked or c.decay.dim() > 0)
+                rows = [len(job[0]) for job in chosen] if masked or c.decay.dim() > 0 else None
+                self._passes.run(adamw_all, chosen, c, rows)
         for each in written:
             self._write_part(*each)
         self._write_products([each for stack in stacks for each in self._follow(stack, values)])
@@ -125,7 +127,7 @@ class MoLFUpdate(MoLFState):
                 self._write(parameter, values)
         if not virtual_experts:
             return []
-        weights = [local(weight) for part in stack.weights for weight in part.parameters]
+        weights = locals_of(weight for part in stack.weights for weight in part.parameters)
         bases = [base for part in stack.weights for base in part.precise(values)]
         return [products(weights, bases, *stack.virtual_pair(), stack.modules[0].transposed)]
 
@@ -160,7 +162,10 @@ class MoLFUpdate(MoLFState):
 
         Jobs of one key are alike in what varies along their rows; ranks of ``times`` modules follow each other.
         """
-        value, ids = job[0], tuple(id(group) for group in groups)
+        value, ids = job[0], tuple(map(id, groups))
+        asked = (ids, n, folds, ranks.start, ranks.stop, times, value.dtype, value.device)
+        if asked in self._keys:
+            return self._keys[asked]
         decays, sizes, root = step_numbers(groups, n, folds)
         alike = all(len(set(x)) == 1 for x in (decays, sizes))
         rows = () if alike else (ranks.start, ranks.stop, times)
@@ -170,6 +175,7 @@ class MoLFUpdate(MoLFState):
             if not alike:
                 decay, size = (self._per_rank(x, value)[ranks].repeat(times)[:, None] for x in (decays, sizes))
             self._coefficients[key] = Coefficients(decay, size, correction, inverse, groups[0]["eps"])
+        self._keys[asked] = key
         return key
 
     def _first_rank(self, module: RoutedModule) -> int:
