@@ -106,12 +106,16 @@ def test_a_whole_step_of_what_is_not_routed(compiler) -> None:
         close(each[1:], [m, v, value])
 
 
-def test_products_of_fp32(compiler) -> None:
-    """Layers of several shapes at once; what is not taken is left alone."""
+@pytest.mark.parametrize(("dtype", "rounding", "error"), [(torch.float32, 0, 2**-22), (torch.float16, 2**-11, 2**-16)])
+def test_products(compiler, monkeypatch, dtype: torch.dtype, rounding: float, error: float) -> None:
+    """Layers of several shapes at once; what is not taken is left alone. In 16 bits, of factors in two halves."""
+    halves = kernels._halves
+    monkeypatch.setattr(kernels, "_halves", lambda factor: halves(factor).half())
     g = torch.Generator().manual_seed(0)
 
     def layers(rows: int, columns: int, count: int) -> Products:
         made = [torch.randn(rows, columns, generator=g) for _ in range(2 * count)]
+        made[:count] = [each.to(dtype) for each in made[:count]]
         pair = torch.randn(count, 40, rows, generator=g), torch.randn(count, 40, columns, generator=g)
         return Products(made[:count], made[count:], *pair)
 
@@ -125,18 +129,17 @@ def test_products_of_fp32(compiler) -> None:
     for each in listed:
         for target, base, left, right in zip(*each, strict=True):
             exact = base.double() + (left * scales[:, None]).double().T @ right.double()
-            torch.testing.assert_close(target, exact.float(), rtol=0, atol=40 * 2**-22)
+            torch.testing.assert_close(target.double(), exact, rtol=rounding, atol=40 * error)
 
 
 def test_halves_hold_16_bits() -> None:
     """The product of the halves is that of the factors but for 2^-16 of it."""
     g = torch.Generator().manual_seed(0)
     left, right = torch.randn(2, 8, 30, generator=g), torch.randn(2, 8, 50, generator=g)
-    first, second = kernels._halves(left, first=True).double(), kernels._halves(right, first=False).double()
-    assert first.shape == (2, 24, 30)
+    (a, a_low), (b, b_low) = (kernels._halves(each).double().split(8, 1) for each in (left, right))
     exact = left.double().mT @ right.double()
-    assert (first.mT @ second - exact).norm() <= 2**-16 * exact.norm()
-    assert (first[:, :8].mT @ second[:, :8] - exact).norm() >= 2**-10 * exact.norm()
+    assert (a.mT @ b + a.mT @ b_low + a_low.mT @ b - exact).norm() <= 2**-16 * exact.norm()
+    assert (a.mT @ b - exact).norm() >= 2**-10 * exact.norm()
 
 
 @pytest.mark.parametrize("turned", [False, True])
@@ -195,8 +198,8 @@ def shared(kernel, constants):
 wide, low, grads = map(int, sys.argv[1:])
 tile = {"ALIGNED": True, "TILE": kernels.TILE}
 for name, kernel, more in (
-    ("fp32", kernels._products, {"TARGET": tl.float32, "FACTOR": tl.float32, "DEPTH": wide}),
-    ("bf16", kernels._products, {"TARGET": tl.bfloat16, "FACTOR": tl.bfloat16, "DEPTH": low}),
+    ("fp32", kernels._products, {"TARGET": tl.float32, "FACTOR": tl.float32, "WIDTH": kernels.WIDTH, "DEPTH": wide}),
+    ("bf16", kernels._products, {"TARGET": tl.bfloat16, "FACTOR": tl.bfloat16, "WIDTH": kernels.WIDTH, "DEPTH": low}),
     ("gradients", kernels._gradients, {"GRAD": tl.bfloat16, "TURNED": True, "DEPTH": grads}),
 ):
     print(name, shared(kernel, {**tile, **more}))

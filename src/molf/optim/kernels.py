@@ -36,8 +36,11 @@ BLOCK = 1024
 TILE = 128
 """Rows and columns of a product that one program takes."""
 
+WIDTH = 64
+"""Columns of P that one takes: with more, its registers leave room for no other program beside it."""
+
 DEPTH = 64
-"""Terms of its sums in 16 bits that it takes at once; half as many in fp32, for the shared memory of smaller GPUs."""
+"""Terms of its sums that it takes at once; half as many of P's, for the shared memory of smaller GPUs."""
 
 _GRAD, _M, _V, _VALUE, _STORE, _WINNER, _SUMS, _ROWS, _COLUMNS, _PIECE, _LINE = (tl.constexpr(i) for i in range(11))
 """Columns of the table of a pass: those of ``Table``, then the numbers of a job's first piece and of its first row."""
@@ -106,18 +109,16 @@ class Kernels(Compiled):
     def _superpose(self, listed: Sequence[Products], scales: Tensor) -> None:
         for each in listed:
             rows, columns, dtype = each.left.shape[2], each.right.shape[2], each.targets[0].dtype
-            left, right, depth = each.left * scales[:, None], each.right, DEPTH // 2
+            left, right, rank = each.left * scales[:, None], each.right, len(scales)
             if dtype != torch.float32:
-                left, right, depth = _halves(left, first=True), _halves(right, first=False), DEPTH
-            count, tiles = len(each.targets), -(-rows // TILE) * -(-columns // TILE)
+                left, right = _halves(left), _halves(right)
+            count, tiles = len(each.targets), -(-rows // TILE) * -(-columns // WIDTH)
             places = [addresses(each.targets), addresses(each.bases), spaced(left), spaced(right)]
             aligned = all(_are_aligned(places, count)) and not (rows | columns) % 16
             lengths = [rows] * count, [columns] * count, range(0, count * tiles, tiles)
-            numbers = (_to_device([*places, *lengths], count, scales), count, left.shape[1])
+            numbers = (_to_device([*places, *lengths], count, scales), count, rank, _TYPES[dtype], _TYPES[left.dtype])
             with _compiling(scales):
-                _products[(tiles * count,)](
-                    *numbers, _TYPES[dtype], _TYPES[left.dtype], aligned, TILE, depth, **_OPTIONS, num_warps=8
-                )
+                _products[(tiles * count,)](*numbers, aligned, TILE, WIDTH, DEPTH // 2, **_OPTIONS, num_warps=8)
 
     def gradients(
         self, grads: Sequence[Tensor], A: Tensor, Bt: Tensor, scales: Tensor, out: tuple[Tensor, Tensor], turned: bool
@@ -152,14 +153,10 @@ def _to_device(columns: Sequence[Column], count: int, like: Tensor) -> Tensor:
     return (table.pin_memory() if like.is_cuda else table).to(like.device, non_blocking=True)
 
 
-def _halves(factor: Tensor, first: bool) -> Tensor:
-    """Three times as many ranks, (K, 3 R, n) in bf16, so that the product of both factors has all parts but the least.
-
-    A number of fp32 is a high half and a low one, which have 16 bits of it: high high + high low + low high.
-    """
+def _halves(factor: Tensor) -> Tensor:
+    """(K, 2 R, n) in bf16: the high halves of the numbers, then the low ones. Both together have 16 bits of them."""
     high = factor.to(torch.bfloat16)
-    low = (factor - high).to(torch.bfloat16)
-    return torch.cat([high, high, low] if first else [high, low, high], 1)
+    return torch.cat([high, (factor - high).to(torch.bfloat16)], 1)
 
 
 @contextmanager
@@ -311,9 +308,10 @@ def _products(
     FACTOR: tl.constexpr,
     ALIGNED: tl.constexpr,
     TILE: tl.constexpr,
+    WIDTH: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """One tile of P = W + leftᵀ right."""
+    """One tile of P = W + leftᵀ right; of factors in two halves, of all their products but that of the low ones."""
     tile = tl.program_id(0)
     job = _find(table, count, tile, 6)
     target = _pointer(job, count, 0, TARGET, ALIGNED)
@@ -322,19 +320,28 @@ def _products(
     right = _pointer(job, count, 3, FACTOR, ALIGNED)
     rows = _length(job, count, 4, ALIGNED)
     columns = _length(job, count, 5, ALIGNED)
-    across = (columns + TILE - 1) // TILE
+    across = (columns + WIDTH - 1) // WIDTH
     at = tile - tl.load(job + 6 * count)
     row = at // across * TILE + tl.arange(0, TILE)
-    column = at % across * TILE + tl.arange(0, TILE)
-    place = row[:, None] * columns + column[None, :]
-    mask = (row < rows)[:, None] & (column < columns)[None, :]
-    total = tl.load(base + place, mask=mask, other=0.0)
+    column = at % across * WIDTH + tl.arange(0, WIDTH)
+    total = tl.zeros([TILE, WIDTH], dtype=tl.float32)
     for start in range(0, rank, DEPTH):
         ranks = start + tl.arange(0, DEPTH)
-        there = (ranks < rank)[:, None]
-        a = tl.load(left + ranks[:, None] * rows + row[None, :], mask=there & (row < rows)[None, :], other=0.0)
-        b = tl.load(right + ranks[:, None] * columns + column, mask=there & (column < columns)[None, :], other=0.0)
+        from_left = left + ranks[:, None] * rows + row[None, :]
+        from_right = right + ranks[:, None] * columns + column[None, :]
+        in_left = (ranks < rank)[:, None] & (row < rows)[None, :]
+        in_right = (ranks < rank)[:, None] & (column < columns)[None, :]
+        a = tl.load(from_left, mask=in_left, other=0.0)
+        b = tl.load(from_right, mask=in_right, other=0.0)
+        if FACTOR != tl.float32:  # noqa: SIM300
+            a_low = tl.load(from_left + rank * rows, mask=in_left, other=0.0)
+            b_low = tl.load(from_right + rank * columns, mask=in_right, other=0.0)
+            total = tl.dot(tl.trans(a), b_low, total)
+            total = tl.dot(tl.trans(a_low), b, total)
         total = tl.dot(tl.trans(a), b, total, input_precision="ieee")
+    place = row[:, None] * columns + column[None, :]
+    mask = (row < rows)[:, None] & (column < columns)[None, :]
+    total += tl.load(base + place, mask=mask, other=0.0)
     tl.store(target + place, total.to(TARGET), mask=mask)
 
 
