@@ -121,11 +121,9 @@ def test_what_is_refused(tmp_path, config, capsys) -> None:
     assert "expert_ranks=[4]: fft does not use it" in fails(capsys, *train, "--method", "fft", "--expert_ranks", "4")
     assert "top_k=9" in fails(capsys, *train, "--top_k", "9")
     assert "lora_dropout=0.1" in fails(capsys, *train, "--lora_dropout", "0.1")
-    assert "missing.json" in fails(capsys, *train, "--dataset_path", tmp_path / "missing.json")
     assert "nowhere" in fails(capsys, *train, "--model_name_or_path", tmp_path / "nowhere")
     assert "has no checkpoint" in fails(capsys, *train, "--resume_from_checkpoint", "last")
     assert "not a checkpoint folder" in fails(capsys, *train, "--resume_from_checkpoint", tmp_path)
-    assert "missing.yaml" in fails(capsys, "train", "--config", tmp_path / "missing.yaml")
     bad = tmp_path / "bad.yaml"
     bad.write_text("learning_rte: 3\n")
     assert "learning_rte" in fails(capsys, "train", "--config", bad, "--model_name_or_path", "x", "--dataset_path", "y")
@@ -148,6 +146,34 @@ def test_what_is_refused(tmp_path, config, capsys) -> None:
     assert not (tmp_path / "run" / "run.json").exists()
 
 
+def test_a_path_that_cannot_be_used_is_named_with_its_option(tmp_path, config, capsys) -> None:
+    missing, file = tmp_path / "missing", tmp_path / "file"
+    file.write_text("")
+    train = ["train", "--config", config, "--output_dir", tmp_path / "run"]
+    lines = ["train", "--model_name_or_path", BUNDLED_MODEL, "--dataset_path", missing]
+    fact = ["--task", "fact", "--dataset_path", missing]
+    compare = ["compare", "--task", "world-fact", "--model_name_or_path", BUNDLED_MODEL]
+    for option, words in {
+        "dataset_path": (lines, [*train, *fact], ["eval", "--model", BUNDLED_MODEL, *fact], [*compare, *fact]),
+        "eval_dataset_path": ([*train, "--eval_dataset_path", missing],),
+        "chat_template_path": ([*train, "--chat_template_path", missing],),
+        "config": (["train", "--config", missing], ["plan", "--config", missing], ["compare", "--config", missing]),
+    }.items():
+        for command in words:
+            assert f"{option}={missing} cannot be read: " in (line := fails(capsys, *command))
+            assert "; give another path" in line
+    (tmp_path / "routing.jsonl").write_text(json.dumps({"schema": 1, "modules": ["a"], "experts": ["dense"]}) + "\n")
+    for option, command in (
+        ("output_dir", [*compare, "--methods", "fft"]),
+        ("output_dir", ["demo"]),
+        ("out", ["bench", "step", "--preset", "tiny"]),
+        ("output", ["report", tmp_path]),
+        ("png", ["report", tmp_path]),
+    ):
+        inside = file / "x"
+        assert f"{option}={inside} cannot be written: " in fails(capsys, *command, f"--{option}", inside)
+
+
 def test_options_that_do_nothing_or_nonsense_are_refused(tmp_path, config, model_without_eos, capsys) -> None:
     train = ["train", "--config", config, "--output_dir", tmp_path / "run"]
     assert "has no EOS token: set one with --eos_token" in fails(
@@ -167,7 +193,7 @@ def test_options_that_do_nothing_or_nonsense_are_refused(tmp_path, config, model
     assert "eos_token='<none>'" in fails(capsys, *train, "--eos_token", "<none>")
     assert "the trainer cannot be made" in fails(capsys, *train, "--report_to", "wandb")
     for text, message in (
-        ("1: 2", "wrong type"),
+        ("1: 2", "must hold a mapping of option names to values"),
         ("learning_rate: [1]", "learning_rate=[1] in the configuration file has the wrong type: give float"),
         ("lora_lr: true", "lora_lr=True in the"),
     ):

@@ -75,7 +75,6 @@ def test_bad_input_is_one_line_and_starts_nothing(
     assert "validation_size=0 and" in fails(*compare, "--validation_size", "0")
     assert "task='none'" in fails(*compare, "--task", "none")
     assert "task is not given" in fails("compare", "--methods", "fft")
-    assert "missing.json" in fails(*compare, "--task", "fact", "--dataset_path", tmp_path / "missing.json")
     assert "lora, which is not in methods" in fails("compare", "--config", _with(config, per_method={"lora": {}}))
     assert "methods is empty" in fails("compare", "--config", _with(config, methods=[]))
     assert "learning_rates=0.1: give a list" in fails("compare", "--config", _with(config, learning_rates=0.1))

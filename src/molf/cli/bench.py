@@ -19,6 +19,7 @@ from ..bench.presets import PRESETS, Settings, get_preset
 from ..bench.results import Results
 from ..bench.timing import interleave, say
 from ..bench.workload import OptimizerStep, TrainStep
+from ..train.files import of_option
 from .parser import Parser
 
 DESCRIPTION = """Time or weigh optimizers on a model with random weights: nothing is downloaded.
@@ -59,7 +60,8 @@ def run(argv: Sequence[str]) -> None:
     header: dict[str, Any] = {"settings": {**asdict(settings), "warmup": options.warmup}, "environment": stamp}
     tokens = settings.batch * settings.length * settings.accumulation if options.bench == "train" else 0
     results = Results(options.out, options.bench, header, labels, baselines, tokens)
-    results.write()  # a file that cannot be written is said now
+    with of_option("out", options.out, "written"):
+        results.write()
     if options.bench == "memory":
         _weigh(contenders, settings, results, options.rounds or 1)
     else:

@@ -16,10 +16,10 @@ from ..report.compare import RULE, Row, markdown, summarise, verdict
 from ..tasks import get_task
 from ..train.arguments import MethodArguments
 from ..train.data import split
-from ..train.files import write_json
+from ..train.files import of_option, write_json
 from ..train.run import load_training_tokenizer
 from ..train.sweep import Run, plan, read_results, run_sweep
-from .parser import Parser
+from .parser import Parser, is_mapping, read_settings
 from .train import fits, parse, type_name
 
 DESCRIPTION = """Methods x learning rates x seeds on one task and model, from a YAML file or from options.
@@ -52,10 +52,13 @@ def run(argv: Sequence[str]) -> None:
     common = {"save_strategy": "no", "disable_tqdm": True, **common}
     runs = plan(options.methods, options.learning_rates, options.seeds, common, per_method)
     data = _check(runs)
-    records = task.load(data.dataset_path, data.max_examples)  # what is bad here stops the sweep before its first run
+    with of_option("dataset_path", data.dataset_path):  # what is bad here stops the sweep before its first run
+        records = task.load(data.dataset_path, data.max_examples)
     split(task, records, data.validation_size, data.test_size, data.split_seed)
     folder = Path(options.output_dir)
     print(f"{len(runs)} runs: {', '.join(options.methods)} x {options.learning_rates} x seeds {options.seeds}")
+    with of_option("output_dir", folder, "written"):
+        folder.mkdir(parents=True, exist_ok=True)
     run_sweep(runs, folder, workers=options.workers, threads=options.threads, keep_models=options.keep_models)
     results = read_results(runs, folder)
     rows = summarise(results, task.primary)
@@ -102,9 +105,9 @@ def _options(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any], d
     )
     parser.add_argument("--keep_models", action="store_true", help="keep the trained weights")
     config = parser.parse_known_args(argv)[0].config
-    settings = _read(config) if config else {}
+    settings = read_settings(config) if config else {}
     per_method = settings.pop("per_method", {})
-    if not _is_mapping(per_method) or not all(_is_mapping(own) for own in per_method.values()):
+    if not is_mapping(per_method) or not all(is_mapping(own) for own in per_method.values()):
         raise ValueError(f"per_method={per_method!r}: give a mapping from method to its options")
     for name, kind in _TYPES.items():
         if name in settings and not fits(settings[name], kind):
@@ -121,20 +124,6 @@ def _options(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any], d
     if "task" not in common:
         raise ValueError("task is not given: a comparison needs a task that scores the runs")
     return options, common, per_method
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
-    if not _is_mapping(settings):
-        raise ValueError(f"{path} must hold a mapping of option names to values")
-    return settings
-
-
-def _is_mapping(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(key, str) for key in value)
 
 
 def _pairs(words: Sequence[str]) -> dict[str, Any]:

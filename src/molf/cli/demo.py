@@ -19,7 +19,7 @@ import yaml
 
 from ..assets import BUNDLED_MODEL
 from ..table import aligned
-from ..train.files import write_json
+from ..train.files import of_option, write_json
 from ..world import counterfactual_edits, make_world
 from .parser import Parser
 
@@ -59,7 +59,8 @@ def run(argv: Sequence[str]) -> None:
                 f"--output_dir {options.output_dir}: {out} is there and not a demo's; choose another folder"
             )
         shutil.rmtree(out, ignore_errors=True)  # an earlier demo's
-    options.output_dir.mkdir(parents=True, exist_ok=True)
+    with of_option("output_dir", options.output_dir, "written"):
+        options.output_dir.mkdir(parents=True, exist_ok=True)
     data = options.output_dir / "edits.json"
     data.write_text(json.dumps(edits, indent=1))
     config = options.output_dir / "train.yaml"

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ..tasks import TASKS, get_task
-from ..train.files import write_json
+from ..train.files import of_option, write_json
 from ..train.load import load_trained, naming, versions
 from .parser import Parser
 
@@ -33,7 +33,8 @@ def run(argv: Sequence[str]) -> None:
     """
     options = _options(argv)
     task = get_task(options.task)
-    records = task.load(options.dataset_path, options.max_examples)
+    with of_option("dataset_path", options.dataset_path):
+        records = task.load(options.dataset_path, options.max_examples)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     hub = {"revision": options.model_revision, "trust_remote_code": options.trust_remote_code}
     with naming(options.model):
@@ -55,7 +56,8 @@ def run(argv: Sequence[str]) -> None:
             "metrics": metrics,
             "versions": versions(),
         }
-        write_json(options.output, report)
+        with of_option("output", options.output, "written"):
+            write_json(options.output, report)
         print(f"written to {options.output}")
 
 

@@ -11,6 +11,7 @@ from ..report.advise import advise
 from ..report.content import content, unfinished
 from ..report.page import page
 from ..report.runs import common_folder, read_runs
+from ..train.files import of_option
 from .parser import Parser
 
 DESCRIPTION = """One self-contained HTML page of one or several runs: loss and score, who won where and
@@ -38,11 +39,13 @@ def run(argv: Sequence[str]) -> None:
     if options.png is not None:
         from ..report.figures import write_figures
 
-        for path in write_figures(runs, options.png):
-            print(f"written to {path}")
+        with of_option("png", options.png, "written"):
+            for path in write_figures(runs, options.png):
+                print(f"written to {path}")
     output = options.output or common_folder([each.folder for each in runs]) / "report.html"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(page(content(runs)), encoding="utf-8")
+    with of_option("output", output, "written"):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(page(content(runs)), encoding="utf-8")
     print(f"written to {output}")
 
 

@@ -8,15 +8,16 @@ import logging
 import os
 from collections.abc import Sequence
 from enum import EnumMeta
+from pathlib import Path
 from types import UnionType
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
-import yaml
 from trl import TrlParser
 
 from ..train.arguments import MethodArguments, TrainArguments
 from ..train.dry_run import compared, dry_run
 from ..train.run import train
+from .parser import read_settings
 
 
 class _Parser(TrlParser):
@@ -87,11 +88,11 @@ def parse(argv: Sequence[str], kind: type[MethodArguments] = MethodArguments) ->
     words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     if words and words[-1] == "--config":
         raise ValueError("--config: name a YAML file")
+    if "--config" in words:
+        read_settings(Path(words[words.index("--config") + 1]))  # for what TrlParser does not say
     try:
         method, args = parser.parse_args_and_config(words)
-    except yaml.YAMLError as error:
-        raise ValueError(f"the configuration file is not YAML: {error}") from error
-    except (TypeError, OverflowError) as error:  # a key that is no name; a number that is infinite or too large
+    except (TypeError, OverflowError) as error:  # a number that is infinite or too large
         raise ValueError(f"an option has a value of the wrong type or size: {error}") from error
     method.check_training(args)
     method.molf_config(args)

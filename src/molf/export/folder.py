@@ -12,7 +12,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from ..train.files import sync
+from ..train.files import of_option, sync
 
 RECORD = "export.json"
 """What every export holds, and what tells one from any other folder."""
@@ -40,9 +40,10 @@ def replacing(target: Path) -> Iterator[Path]:
     file = next((path for path in target.parents if path.exists() and not path.is_dir()), None)
     if file is not None:
         raise ValueError(f"output_dir={target}: {file} is a file; choose another folder")
-    target.parent.mkdir(parents=True, exist_ok=True)
     stage = target.with_name(f".{target.name}.part")
-    lock = _lock(stage)
+    with of_option("output_dir", target, "written"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock = _lock(stage)
     try:
         _empty(stage)
         if target.exists():

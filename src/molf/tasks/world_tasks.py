@@ -19,7 +19,7 @@ SQL_QUESTIONS = 2000
 
 def _own_source(name: str, path: str | None) -> None:
     if path is not None:
-        raise ValueError(f"dataset_path={path}: {name} has its own records; leave the path out")
+        raise ValueError(f"{path}: {name} has its own records; leave the path out")
 
 
 def load_facts(path: str | None, limit: int | None) -> list[fact.FactEdit]:

@@ -12,6 +12,7 @@ from ..tasks import Task
 from ..tasks.prompts import Context, tokenize_pair
 from ..tasks.records import read_text
 from .evaluation import few
+from .files import of_option
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -58,14 +59,16 @@ def load_data(task: Task | None, method: MethodArguments) -> tuple[Dataset, dict
     """
     from datasets import Dataset
 
-    if task is None:
-        return Dataset.from_list(load_pairs(str(method.dataset_path), method.max_examples)), {}
-    records = task.load(method.dataset_path, method.max_examples)
+    with of_option("dataset_path", method.dataset_path):
+        if task is None:
+            return Dataset.from_list(load_pairs(str(method.dataset_path), method.max_examples)), {}
+        records = task.load(method.dataset_path, method.max_examples)
     if method.validation_size or method.test_size:
         records, scored = split(task, records, method.validation_size, method.test_size, method.split_seed)
     else:
         other = method.eval_dataset_path
-        scored = {"": records if other is None else task.load(other, None)}
+        with of_option("eval_dataset_path", other):
+            scored = {"": records if other is None else task.load(other, None)}
     return Dataset.from_list([task.example(record) for record in records]), scored
 
 
@@ -77,7 +80,8 @@ def evaluation_records(method: MethodArguments, scored: dict[str, Sequence[Any]]
         OSError: If they cannot be read.
     """
     if method.task is None:
-        return few(load_pairs(str(method.eval_dataset_path)), method.eval_examples)
+        with of_option("eval_dataset_path", method.eval_dataset_path):
+            return few(load_pairs(str(method.eval_dataset_path)), method.eval_examples)
     return few(scored["validation" if "validation" in scored else ""], method.eval_examples)
 
 

@@ -5,8 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+
+@contextmanager
+def of_option(name: str, path: Any, what: str = "read") -> Iterator[None]:
+    """Name the option whose file or folder cannot be read or written; the system names the path at most.
+
+    Raises:
+        OSError: In place of another one.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"{name}={path} cannot be {what}: {error.strerror or error}; give another path (a relative one begins in "
+            f"{os.getcwd()})"
+        ) from error
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -37,7 +37,7 @@ from .data import evaluation_records, fit_examples, load_data
 from .distributed import check_alike, digest, from_first, is_sharded
 from .errors import of_the_machine
 from .evaluation import ScoredEvaluation
-from .files import sync, write_json
+from .files import of_option, sync, write_json
 from .load import hub_commit, load_model, load_tokenizer, naming, versions
 from .methods import METHODS, Adapted
 from .nonfinite import FiniteSteps, skipped_steps
@@ -67,6 +67,7 @@ def train(method: MethodArguments, args: TrainArguments, callbacks: Sequence[Tra
     config, resolved = _resolved(method, args)
     task = get_task(method.task) if method.task is not None else None
     dataset, scored = load_data(task, method)
+    evaluated = evaluation_records(method, scored) if args.eval_strategy != "no" else []
     resolved["data"] = {"examples": digest(dataset)}
     where = args.resume_from_checkpoint, str(args.output_dir), resolved
     if (ended := from_first(lambda: finished(*where))) is not None:
@@ -80,7 +81,6 @@ def train(method: MethodArguments, args: TrainArguments, callbacks: Sequence[Tra
         resolved["model_commit"] = hub_commit(method.model_name_or_path, method.model_revision)
     dataset, cut = _fit(task, dataset, scored, model, tokenizer, method, args.max_length)
     check_alike("training examples", dataset)
-    evaluated = evaluation_records(method, scored) if args.eval_strategy != "no" else []
     adapted = Adapted(model, method.method, config, resolved["model_commit"]) if spec.saves_adapter(config) else None
     if args.fsdp:
         shard(model if adapted is None else adapted.model, args)
@@ -161,8 +161,10 @@ class _AdaLoraTrainer(FiniteSteps, WholeCheckpoints, ScoredEvaluation, AdaLoraTr
 
 
 def _make_trainer(method: str, **arguments: Any) -> Any:
+    template = arguments["args"].chat_template_path
     try:
-        trainer: Any = (_AdaLoraTrainer if method == "adalora" else _Trainer)(**arguments)
+        with of_option("chat_template_path", template) if template else contextlib.nullcontext():
+            trainer: Any = (_AdaLoraTrainer if method == "adalora" else _Trainer)(**arguments)
     except (RuntimeError, ImportError, HTTPError) as error:  # such as a logger that is not installed, or push_to_hub
         if of_the_machine(error):
             raise
