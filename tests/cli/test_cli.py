@@ -194,8 +194,9 @@ def test_options_that_do_nothing_or_nonsense_are_refused(tmp_path, config, model
     assert "the trainer cannot be made" in fails(capsys, *train, "--report_to", "wandb")
     for text, message in (
         ("1: 2", "must hold a mapping of option names to values"),
-        ("learning_rate: [1]", "learning_rate=[1] in the configuration file has the wrong type: give float"),
+        ("lora_weight_decay: [1]", "lora_weight_decay=[1] in the configuration file has the wrong type: give float"),
         ("lora_lr: true", "lora_lr=True in the"),
+        ("lora_lr: 1.0\nlora_lr: 2.0", "bad.yaml is not YAML: lora_lr is given twice: keep one in"),
     ):
         (tmp_path / "bad.yaml").write_text(config.read_text() + text + "\n")
         assert message in fails(capsys, "train", f"--config={tmp_path / 'bad.yaml'}", "--output_dir", tmp_path / "run")

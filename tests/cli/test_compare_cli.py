@@ -79,6 +79,8 @@ def test_bad_input_is_one_line_and_starts_nothing(
     assert "methods is empty" in fails("compare", "--config", _with(config, methods=[]))
     assert "learning_rates=0.1: give a list" in fails("compare", "--config", _with(config, learning_rates=0.1))
     assert "must hold a mapping" in fails("compare", "--config", _text(tmp_path / "list.yaml", "- 1"))
+    twice = config.read_text() + "per_method: {}\n"
+    assert "per_method is given twice" in fails("compare", "--config", _text(tmp_path / "twice.yaml", twice))
     assert "is not YAML" in fails("compare", "--config", _text(tmp_path / "broken.yaml", "a: [1"))
     assert not (tmp_path / "out").exists()
 

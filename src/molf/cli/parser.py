@@ -19,17 +19,30 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice; YAML would take the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if str(key.value) in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice: keep one", problem_mark=key.start_mark)
+            seen.add(str(key.value))
+        return node
+
+
 def read_settings(path: Path) -> dict[str, Any]:
     """The options in the YAML file of ``--config``.
 
     Raises:
-        ValueError: If it is not YAML, or no mapping; names the file.
+        ValueError: If it is not YAML, has a key twice or is no mapping; names the file.
         OSError: If it cannot be read.
     """
     try:
-        with of_option("config", path):
-            settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        with of_option("config", path), path.open(encoding="utf-8") as file:
+            settings = yaml.load(file, _Loader)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none, or no UTF-8
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not is_mapping(settings):
         raise ValueError(f"{path} must hold a mapping of option names to values")
