@@ -196,6 +196,7 @@ def test_options_that_do_nothing_or_nonsense_are_refused(tmp_path, config, model
         ("1: 2", "must hold a mapping of option names to values"),
         ("lora_weight_decay: [1]", "lora_weight_decay=[1] in the configuration file has the wrong type: give float"),
         ("lora_lr: true", "lora_lr=True in the"),
+        ("help: true", "bad.yaml: help=True is for the command line; leave it out"),
         ("lora_lr: 1.0\nlora_lr: 2.0", "bad.yaml is not YAML: lora_lr is given twice: keep one in"),
     ):
         (tmp_path / "bad.yaml").write_text(config.read_text() + text + "\n")

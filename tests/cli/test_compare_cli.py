@@ -81,6 +81,9 @@ def test_bad_input_is_one_line_and_starts_nothing(
     assert "must hold a mapping" in fails("compare", "--config", _text(tmp_path / "list.yaml", "- 1"))
     twice = config.read_text() + "per_method: {}\n"
     assert "per_method is given twice" in fails("compare", "--config", _text(tmp_path / "twice.yaml", twice))
+    for name in ("config", "help"):
+        odd = _text(tmp_path / "odd.yaml", f"{config.read_text()}{name}: x\n")
+        assert f"odd.yaml: {name}='x' is for the command line" in fails("compare", "--config", odd)
     assert "is not YAML" in fails("compare", "--config", _text(tmp_path / "broken.yaml", "a: [1"))
     assert not (tmp_path / "out").exists()
 

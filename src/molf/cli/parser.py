@@ -36,7 +36,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     """The options in the YAML file of ``--config``.
 
     Raises:
-        ValueError: If it is not YAML, has a key twice or is no mapping; names the file.
+        ValueError: If it is not YAML, has a key twice or one of the command line's, or is no mapping; names the file.
         OSError: If it cannot be read.
     """
     try:
@@ -46,6 +46,8 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not is_mapping(settings):
         raise ValueError(f"{path} must hold a mapping of option names to values")
+    for name in settings.keys() & {"config", "help"}:
+        raise ValueError(f"{path}: {name}={settings[name]!r} is for the command line; leave it out")
     return settings
 
 
