@@ -188,6 +188,10 @@ def test_options_that_do_nothing_or_nonsense_are_refused(tmp_path, config, model
     assert "fp16=True: a CPU would train in fp32" in fails(capsys, *train, "--fp16", "true")
     assert "validation_size=inf: must be positive and" in fails(capsys, *train, "--validation_size", "inf")
     assert "gradient_accumulation_steps=0" in fails(capsys, *train, "--gradient_accumulation_steps", "0")
+    revision = f"model_revision=v2: {BUNDLED_MODEL} is a folder, which has no revisions; leave it out"
+    assert revision in fails(capsys, *train, "--model_revision", "v2")
+    command = ["eval", "--task", "world-fact", "--model", BUNDLED_MODEL, "--model_revision", "v2"]
+    assert revision in fails(capsys, *command)
     assert "unknown option: stray" in fails(capsys, *train, "stray")
     assert "--config: name a YAML file" in fails(capsys, "train", "--config")
     assert "eos_token='<none>'" in fails(capsys, *train, "--eos_token", "<none>")

@@ -12,7 +12,7 @@ import torch
 
 from ..tasks import TASKS, get_task
 from ..train.files import of_option, write_json
-from ..train.load import load_trained, naming, versions
+from ..train.load import check_revision, load_trained, naming, versions
 from .parser import Parser
 
 DESCRIPTION = """The metrics of a task, for a transformers folder, a hub id or a PEFT adapter.
@@ -101,6 +101,7 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"{name}={value}: must be at least 1")
+    check_revision(options.model, options.model_revision)
     if options.output is not None and options.output.is_dir():
         raise ValueError(f"output={options.output} is a folder: name a file")
     if options.output is not None:

@@ -14,6 +14,7 @@ from ..optim import MoLFConfig
 from ..tasks import TASKS
 from ..tasks.prompts import LONG_PROMPTS
 from .distributed import FSDP_CONFIG, check_fsdp, check_launch, refuse_engines
+from .load import check_revision
 from .methods import METHODS, resolve
 from .nonfinite import ON_NONFINITE
 from .quantize import PACKAGES
@@ -180,6 +181,7 @@ class MethodArguments:
         """
         spec = METHODS[self.method]
         check_launch(args)
+        check_revision(self.model_name_or_path, self.model_revision)
         if args.fsdp and (self.quantization != "none" or self.method in _NOT_SHARDED):
             what = self.method if self.quantization == "none" else f"quantization={self.quantization}"
             raise ValueError(f"fsdp=true: {what} needs whole weights to start from; use DDP, which is fsdp=false")

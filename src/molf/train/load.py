@@ -64,6 +64,16 @@ def _reason(name: str, error: BaseException) -> str:
     return f"there is no such folder, the hub cannot be reached{offline}, and its cache does not have the model"
 
 
+def check_revision(name: str, revision: str) -> None:
+    """Refuse a revision of a folder, which would be ignored.
+
+    Raises:
+        ValueError: Naming it.
+    """
+    if revision != "main" and os.path.isdir(name):
+        raise ValueError(f"model_revision={revision}: {name} is a folder, which has no revisions; leave it out")
+
+
 def load_tokenizer(name: str, eos_token: str | None = None, **hub: Any) -> Any:
     """The tokenizer of a folder or hub id, maybe with another end token.
 
