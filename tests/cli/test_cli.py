@@ -360,6 +360,9 @@ def test_help_and_version(capsys) -> None:
 
 def test_a_demo_takes_no_folder_of_other_runs_and_no_odd_number(tmp_path, capsys) -> None:
     assert "edits" in fails(capsys, "demo", "--edits", "many")
+    assert "--methods fft fft: one is named twice" in fails(
+        capsys, "demo", "--output_dir", tmp_path / "none", "--methods", "fft", "fft", "--edits", "1", "--epochs", "1"
+    )
     (tmp_path / "runs" / "molf").mkdir(parents=True)  # where molf train puts its runs
     (tmp_path / "runs" / "molf" / "run.json").write_text("{}")
     assert "is there and not a demo's" in fails(capsys, "demo", "--output_dir", tmp_path / "runs")

@@ -50,6 +50,8 @@ def run(argv: Sequence[str]) -> None:
     options = parser.parse_args(argv)
     if options.epochs < 1:
         raise ValueError(f"--epochs {options.epochs}: must be at least 1")
+    if len(set(options.methods)) < len(options.methods):
+        raise ValueError(f"--methods {' '.join(options.methods)}: one is named twice; name each once")
     edits = counterfactual_edits(make_world(), options.edits, options.seed)
     again = (options.output_dir / "demo.json").exists() or (options.output_dir / "edits.json").exists()
     for method in options.methods:
