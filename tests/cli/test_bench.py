@@ -5,6 +5,7 @@ Nothing here looks at how long something takes.
 
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -91,9 +92,29 @@ def test_what_is_refused(tmp_path, capsys) -> None:
     assert "argument --rounds: 0: must be at least 1" in refused("--rounds", "0")
     assert "--warmup 1: give at least 2" in refused("--warmup", "1")
     assert "--turns -1: must not be negative" in refused("--turns", "-1")
+    assert "--threads 1000000: this machine has" in refused("--threads", "1000000")
     assert not out.exists()
     assert "invalid choice: 'speed'" in refusal(capsys, "speed", "--preset", "tiny", "--out", str(out))
     assert "required: --out" in refusal(capsys, "step", "--preset", "tiny")
+
+
+def test_an_optimizer_that_cannot_step_a_dense_model_is_one_line(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("molf.cli.bench.copy_bandwidth", lambda device: 1.0)
+    words = ["step", "--preset", "tiny", "--device", "cpu", "--out", str(tmp_path / "out.json")]
+    line = refusal(capsys, *words, "--contenders", "torch.optim:SparseAdam")
+    assert "contender 'torch.optim:SparseAdam': SparseAdam does not support dense gradients" in line
+
+
+def test_a_pipe_is_written_to_and_stays_one(tmp_path) -> None:
+    """As a device such as /dev/null does: it was replaced by a file."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    Results(pipe, "step", {}, ["fft"], ["fft"]).write()
+    assert pipe.is_fifo()
+    assert json.loads(os.read(reader, 2**16))["bench"] == "step"
+    os.close(reader)
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
 
 
 @pytest.mark.parametrize("name", [name for name, preset in PRESETS.items() if preset.published])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..optim import MoLFAdamW
+from ..train.errors import of_the_machine
 from .contenders import Contender, build, lora_wins
 from .device import calls_timed, clock, device_syncs, floor_bytes
 from .presets import Settings
@@ -39,9 +40,19 @@ class Workload:
         raise NotImplementedError
 
     def warm_up(self, steps: int) -> list[float]:
-        """Milliseconds of the first steps: they make state and compile, and LoRA wins a late contender's first."""
-        with lora_wins(self.optimizer) if self.contender.kind.late else nullcontext():
-            first = self.round(1)["total"]
+        """Milliseconds of the first steps: they make state and compile, and LoRA wins a late contender's first.
+
+        Raises:
+            ValueError: If an optimizer that is not MoLF's cannot step such a model.
+        """
+        kind = self.contender.kind
+        try:
+            with lora_wins(self.optimizer) if kind.late else nullcontext():
+                first = self.round(1)["total"]
+        except RuntimeError as error:
+            if kind.optimizer == "molf" or of_the_machine(error):
+                raise
+            raise ValueError(f"contender {self.contender.label!r}: {error}") from error
         return [first, *(self.round(1)["total"] for _ in range(steps - 1))]
 
     def facts(self) -> dict[str, Any]:

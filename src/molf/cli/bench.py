@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, fields
@@ -54,6 +55,8 @@ def run(argv: Sequence[str]) -> None:
                 "there has to be one: use molf bench train with --accumulation 1"
             )
     baselines = _baselines(options.baseline, labels)
+    if (options.threads or 1) > (cores := os.cpu_count() or 1):
+        raise ValueError(f"--threads {options.threads}: this machine has {cores} cores, give at most as many")
     if options.threads:
         torch.set_num_threads(options.threads)
     stamp = environment(settings.device, settings.seed, [shlex.quote(word) for word in argv])

@@ -28,10 +28,14 @@ def of_option(name: str, path: Any, what: str = "read") -> Iterator[None]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a crash leaves the old file or the new one, never half of one."""
+    """Write JSON so that a crash leaves the old file or the new one, never half of one; a device or pipe stays one."""
+    text = json.dumps(value, indent=2, default=str) + "\n"
+    if path.exists() and not path.is_file():
+        path.write_text(text)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".part")
-    partial.write_text(json.dumps(value, indent=2, default=str) + "\n")
+    partial.write_text(text)
     sync(partial)
     partial.replace(path)
     sync(path.parent)
