@@ -345,3 +345,9 @@ def test_every_adapter_names_its_base_and_the_commit_that_was_trained_on(tmp_pat
     for folder in folders:
         found = json.loads((folder / "adapter_config.json").read_text())
         assert (found["base_model_name_or_path"], found["revision"]) == (str(base), "0123abc")
+
+
+def test_texts_are_cut_to_what_the_model_takes(tmp_path) -> None:
+    """A model with learned positions has none for more tokens than that."""
+    run = make_run(tmp_path / "run", make_base(tmp_path / "base", "gpt2", n_positions=4), "molf", MOLF)
+    assert made(run, tmp_path / "out", "merged")["prompts"] == 16

@@ -122,7 +122,7 @@ def export(
 def _load(run: TrainedRun, texts: list[str]) -> _Trained:
     tokenizer = run.load_tokenizer()
     model, dtype = run.load_trained()
-    batch = verify.tokens_of(texts, tokenizer)
+    batch = verify.tokens_of(texts, model, tokenizer)
     return _Trained(model, dtype, tokenizer, batch, logits_of(model, batch))
 
 

@@ -21,7 +21,7 @@ from ..world import make_world, statement
 from .run import TrainedRun, in_float32
 
 PROMPTS, LENGTH = 16, 64
-"""How many texts are compared, and how many tokens at the end of each."""
+"""How many texts are compared, and how many tokens at the end of each, at most."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,10 @@ def real_texts(run: TrainedRun) -> tuple[list[str], str]:
     ], f"the run's data: {task or 'pairs'}, {path or 'own'}"
 
 
-def tokens_of(texts: Sequence[str], tokenizer: Any) -> list[Tensor]:
-    """Token ids (1, n) of every text: BOS where the tokenizer adds one, and the end of the text."""
-    context = Context(LENGTH, getattr(tokenizer, "bos_token_id", None))
+def tokens_of(texts: Sequence[str], model: Any, tokenizer: Any) -> list[Tensor]:
+    """Token ids (1, n) of every text: BOS where the tokenizer adds one, and the end that the model takes."""
+    context = Context.of(model, tokenizer)
+    context.shorten(LENGTH)
     return [torch.tensor([context.fit(tokenizer(text).input_ids, 0)]) for text in texts]
 
 
