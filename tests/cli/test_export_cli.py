@@ -1,6 +1,7 @@
 """``molf export`` of real runs in process: every method's forms, what is printed and written, and what is refused."""
 
 import json
+import re
 import resource
 import shutil
 import signal
@@ -227,8 +228,12 @@ def test_what_is_no_finished_run(tmp_path, capsys, molf_e: Path) -> None:
     text = (run / "run.json").read_text()
     for new, message in (
         (text[:-20], "run.json is damaged"),
-        (text.replace('"top_k"', '"top_j"'), "run.json is of another version of molf"),
-        (text.replace('"method": "molf-e"', '"method": "molf-f"'), "run.json is of another version of molf: 'molf-f'"),
+        (text.replace('"top_k"', '"top_j"'), "run.json is damaged or of another version of molf"),
+        (text.replace('"method": "molf-e"', '"method": "molf-f"'), "of another version of molf: method='molf-f'"),
+        (text.replace('"world-fact"', "null"), "of another version of molf: dataset_path is not given"),
+        (text.replace('"float32"', '"float33"', 1), "of another version of molf: dtype='float33': choose"),
+        (text.replace('"task"', '"tasks"', 1), "got an unexpected keyword argument 'tasks'"),
+        (re.sub(r'"versions": {[^}]*}', '"versions": null', text), "run.json is damaged or of another version"),
         (text.replace(str(BUNDLED_MODEL), str(tmp_path / "gone")), f"model {tmp_path / 'gone'} cannot be read"),
         (text.replace(str(BUNDLED_MODEL), str(tmp_path / "gone")), "say so with --base"),
     ):

@@ -214,6 +214,9 @@ def test_what_is_refused(tmp_path, capsys) -> None:
         assert "routing.jsonl, line 1, is damaged" in fails(capsys, "report", run)
     (run / "routing.jsonl").write_text("")
     assert "is no routing log" in fails(capsys, "report", run)
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**record, "versions": None}))
+    assert "run.json has no 'versions'" in fails(capsys, "report", run)
     (run / "run.json").write_text("[]")
     assert "holds no mapping" in fails(capsys, "report", run)
 

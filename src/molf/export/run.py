@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ..optim import MoLFConfig
+from ..train.arguments import MethodArguments
 from ..train.errors import of_the_machine
 from ..train.files import read_json
 from ..train.load import load_model, load_tokenizer, naming
 from ..train.methods import METHODS
-from ..train.quantize import PACKAGES, quantized
+from ..train.quantize import quantized
 
 ADAPTER = "adapter_model.safetensors"
 
@@ -121,21 +122,20 @@ def read_run(folder: Path, base: str | None = None, trust_remote_code: bool = Fa
     unfinished = f"the run in {folder} is unfinished"
     metrics = _read(folder / "metrics.json", unfinished)
     try:
+        method = asdict(MethodArguments(**record["method"]))
         run = TrainedRun(
             folder=folder,
-            method=record["method"],
+            method=method,
             config=MoLFConfig(**record["molf"]),
             metrics=metrics,
-            versions=record["versions"],
-            base=base or record["method"]["model_name_or_path"],
-            revision=record.get("model_commit") or record["method"]["model_revision"],
+            versions=dict(record["versions"]),
+            base=base or method["model_name_or_path"],
+            revision=record.get("model_commit") or method["model_revision"],
             trust_remote_code=trust_remote_code,
         )
         weights = [ADAPTER] if run.has_adapter else ["model.safetensors", "model.safetensors.index.json"]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder / 'run.json'} is of another version of molf: {error}") from error
-    if run.quantization not in PACKAGES:
-        raise ValueError(f"quantization={run.quantization!r} of {folder / 'run.json'} is unknown here: update molf")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / 'run.json'} is damaged or of another version of molf: {error}") from error
     if not any((folder / name).is_file() for name in weights):
         raise ValueError(f"{unfinished} (no {weights[0]} in it): {_CONTINUE}")
     return run

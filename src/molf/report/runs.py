@@ -100,8 +100,8 @@ def _read_run(folder: Path, name: str) -> Run:
         hint = f"; the runs in it are {' '.join(inside)}" if inside else ""
         raise ValueError(f"{folder} is no run, because it has no run.json and no routing.jsonl{hint}")
     config: dict[str, Any] = read_json(folder / "run.json") if own else _OTHER_TRAINER
-    for part in ("method", "molf", "training"):
-        if not isinstance(config.get(part), dict):
+    for part in ("method", "molf", "training", "versions"):
+        if not isinstance(config.get(part, {} if part == "versions" else None), dict):
             raise ValueError(f"{folder / 'run.json'} has no {part!r}: it was not written by molf train")
     metrics = read_json(folder / "metrics.json") if (folder / "metrics.json").is_file() else {}
     routing = read_routing_log(log) if log.is_file() else None
