@@ -98,8 +98,16 @@ def test_folders(tmp_path: Path, monkeypatch) -> None:
         read_records(folder)
 
 
-@pytest.mark.parametrize("content", [b"{", b"\xff\xfe\x00", b"[1, 2"])
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe\x00", b"[1, 2", b"[" * 100_000])
 def test_files_that_are_no_json(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "f.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"f\.json is (neither a JSON list nor JSON lines|not UTF-8 text)"):
+        read_records(tmp_path / "f.json")
+
+
+@pytest.mark.parametrize("form", ['[{"a": "b"}, {"a": "\\ud800"}]', '{"a": "b"}\n{"a": "\\ud800"}'])
+def test_a_record_that_is_no_text_is_named(tmp_path: Path, form: str) -> None:
+    """Tokenizers and the sandbox would fail later, without saying where."""
+    (tmp_path / "f.json").write_text(form)
+    with pytest.raises(ValueError, match=r"f\.json, record 1: an escape .* mend it"):
         read_records(tmp_path / "f.json")

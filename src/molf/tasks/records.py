@@ -61,10 +61,19 @@ def _read_json(path: Path) -> list[Any]:
     text = read_text(path)
     try:
         if text.lstrip().startswith("["):
-            return list(json.loads(text))
-        return [json.loads(line) for line in text.split("\n") if line.strip()]
-    except json.JSONDecodeError as error:
+            records = list(json.loads(text))
+        else:
+            records = [json.loads(line) for line in text.split("\n") if line.strip()]
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is neither a JSON list nor JSON lines: {error}") from error
+    for index, record in enumerate(records):
+        try:
+            json.dumps(record, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{path}, record {index}: an escape \\ud800 to \\udfff without its other half; mend it ({error})"
+            ) from error
+    return records
 
 
 def _read_dataset(source: str) -> list[Any]:
