@@ -243,7 +243,7 @@ def test_what_is_no_finished_run(tmp_path, capsys, molf_e: Path) -> None:
     log = (run / "routing.jsonl").read_text().splitlines()[0]
     for name, content, message in (
         ("metrics.json", "[1]", "metrics.json is damaged: it holds no mapping"),
-        ("routing.jsonl", '{"schema": 1}\n', "routing.jsonl is damaged: KeyError('modules')"),
+        ("routing.jsonl", '{"schema": 1}\n', "routing.jsonl, line 1, is damaged: modules is None and no list of names"),
         ("routing.jsonl", log + "\n{}\n", "routing.jsonl is damaged: KeyError('winners')"),
         ("adapter_config.json", "{", f"the adapter of {run} is damaged"),
         ("adapter_config.json", "{}", f"the adapter of {run} is damaged"),

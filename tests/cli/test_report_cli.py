@@ -209,9 +209,15 @@ def test_what_is_refused(tmp_path, capsys) -> None:
     assert "routing.jsonl, line 3, is damaged" in fails(capsys, "report", run)
     (run / "routing.jsonl").write_text("\n".join([*lines[:2], lines[2][:40], lines[3]]) + "\n")
     assert "routing.jsonl, line 3, is damaged" in fails(capsys, "report", run)
-    for header in ('{"schema": 1}', '{"schema": 1, "modules": ["a"], "experts": null}'):
-        (run / "routing.jsonl").write_text("\n".join([header, *lines[1:]]) + "\n")
-        assert "routing.jsonl, line 1, is damaged" in fails(capsys, "report", run)
+    for header, problem in (
+        ({}, "modules is None"),
+        ({"modules": ["a"], "experts": None}, "experts is None"),
+        ({"modules": "a", "experts": ["b"]}, "modules is 'a'"),
+        ({"modules": ["a"], "experts": [["b"]]}, "experts is [['b']]"),
+        ({"modules": ["a"], "experts": []}, "experts is []"),
+    ):
+        (run / "routing.jsonl").write_text("\n".join([json.dumps({"schema": 1, **header}), *lines[1:]]) + "\n")
+        assert f"routing.jsonl, line 1, is damaged: {problem} and no list" in fails(capsys, "report", run)
     (run / "routing.jsonl").write_text("")
     assert "is no routing log" in fails(capsys, "report", run)
     record = json.loads((run / "run.json").read_text())

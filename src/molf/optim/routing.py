@@ -223,7 +223,7 @@ def stream_routing(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Iterat
     """Header of a routing log, and its records one by one; a half-written last line is left out.
 
     Raises:
-        ValueError: If the file is no routing log of this schema version.
+        ValueError: If the file is no routing log of this schema version, or its header is damaged.
     """
     path = Path(path)
     records = _lines(path)
@@ -236,6 +236,10 @@ def stream_routing(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Iterat
         raise ValueError(f"{path} is no routing log: {error}") from error
     if version != SCHEMA_VERSION:
         raise ValueError(f"{path} has routing schema {version}, this version reads {SCHEMA_VERSION}: update molf")
+    for key in ("modules", "experts"):
+        names = header.get(key)
+        if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{path}, line 1, is damaged: {key} is {names!r} and no list of names; restore the file")
     return header, records
 
 

@@ -131,10 +131,7 @@ def read_routing_log(path: Path) -> RoutingLog:
         ValueError: If the file is no routing log, or a record is damaged; names the line.
     """
     header, records = stream_routing(path)
-    try:
-        modules, experts = tuple(header["modules"]), tuple(header["experts"])
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path}, line 1, is damaged: {error!r}") from error
+    modules, experts = tuple(header["modules"]), tuple(header["experts"])
     with path.open("rb") as file:
         count = max(0, sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b"")) - 1)
     shape = (count, len(modules), len(experts))
