@@ -93,4 +93,7 @@ def test_what_is_refused(tmp_path, capsys) -> None:
     assert "were not chosen by the score" in fails(run, "--advise")
     (run / "run.json").write_text(text.replace('"top_k": 1', '"top_k": 2'))
     assert "every expert won" in fails(run, "--advise")
+    (run / "run.json").write_text(text.replace('"top_k": 1', '"of_the_future": 1'))
+    assert "run.json is damaged or of another version of molf: " in (line := fails(run, "--advise"))
+    assert "'of_the_future'" in line
     assert not list(tmp_path.rglob("*.html"))

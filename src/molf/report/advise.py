@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -53,8 +53,10 @@ def advise(run: Run) -> str:
         raise ValueError(f"{run.folder} had the one expert {log.experts[0]}: nothing was chosen")
     if not run.config["molf"]:
         raise ValueError(f"{run.folder} has no run.json with ranks and scales: only a molf train can be advised from")
-    known = {field.name for field in fields(MoLFConfig)}
-    config = MoLFConfig(**{key: value for key, value in run.config["molf"].items() if key in known})
+    try:
+        config = MoLFConfig(**run.config["molf"])
+    except (TypeError, ValueError) as error:  # a setting that this version does not know may change what others mean
+        raise ValueError(f"{run.folder / 'run.json'} is damaged or of another version of molf: {error}") from error
     if config.experts != log.experts:
         raise ValueError(f"{run.folder} has a routing log of other experts than its run.json: {', '.join(log.experts)}")
     if config.policy != "score":
