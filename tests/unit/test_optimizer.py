@@ -297,6 +297,23 @@ def test_the_default_device_is_none_of_its_tensors(compile: bool, clip: float | 
     assert all(map(torch.equal, *runs))
 
 
+@pytest.mark.parametrize("lost", [2, 3])
+def test_a_log_that_lacks_steps_is_not_continued(tmp_path, lost: int) -> None:
+    """In the middle or at the end, as where it was cut by hand and the run goes on from a newer checkpoint."""
+    model, optimizer = small()
+    recorder = RoutingRecorder(optimizer, tmp_path / "r.jsonl")
+    for step in range(3):
+        lm_step(model, optimizer, step)
+    recorder.close()
+    lines = (tmp_path / "r.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "r.jsonl").write_text(cut := "".join(lines[:lost] + lines[lost + 1 :]))
+    recorder = RoutingRecorder(optimizer, tmp_path / "r.jsonl")
+    with pytest.raises(ValueError, match=rf"r\.jsonl has no record of step {lost}, and the run goes on with step 4"):
+        lm_step(model, optimizer, 3)
+    recorder.close()
+    assert (tmp_path / "r.jsonl").read_text() == cut
+
+
 def test_recorder_survives_a_torn_line_and_drops_what_a_resume_repeats(tmp_path) -> None:
     model, optimizer = small()
     recorder = RoutingRecorder(optimizer, tmp_path / "r.jsonl")

@@ -106,7 +106,8 @@ class RoutingRecorder:
         latest: The latest record, or None before the first.
 
     Raises:
-        ValueError: If ``optimizer`` is another one, or ``path`` exists and is no such log.
+        ValueError: If ``optimizer`` is another one, or ``path`` exists and is no such log; at the first step, if it
+            lacks steps before that one.
     """
 
     def __init__(self, optimizer: Any, path: str | os.PathLike[str]) -> None:
@@ -132,12 +133,23 @@ class RoutingRecorder:
         self._hook = self.optimizer.register_step_post_hook(lambda *_: self.record())
 
     def _open(self, step: int) -> IO[bytes]:
-        """The log with the records before ``step``; where there is none, a log that is there is kept as ``.old``."""
+        """The log with the records before ``step``; where there is none, a log that is there is kept as ``.old``.
+
+        Raises:
+            ValueError: If it lacks some between its first one and ``step``.
+        """
         kept = ""
         if self.path.exists():
             lines = self.path.read_text().splitlines(keepends=True)  # a line without its end is not among the records
             records = read_routing(self.path)[1]
             kept = "".join(line for line, record in zip(lines[1:], records, strict=False) if record["step"] < step)
+            steps = {record["step"] for record in records if record["step"] < step}
+            missing = set(range(min(steps, default=step), step)) - steps
+            if missing:
+                raise ValueError(
+                    f"{self.path} has no record of step {min(missing)}, and the run goes on with step {step}: restore "
+                    "the log, or move it away to begin another"
+                )
             if not kept:
                 self.path.replace(self.path.with_name(self.path.name + ".old"))
         self.path.parent.mkdir(parents=True, exist_ok=True)
