@@ -25,6 +25,7 @@ import molf.train.run
 from molf.assets import BUNDLED_MODEL
 from molf.cli import main
 from molf.train import verify
+from molf.train.files import claim
 from molf.train.resume import check_checkpoint, last_checkpoint
 from molf.train.verify import MANIFEST
 
@@ -227,6 +228,22 @@ def test_auto_starts_continues_and_ends(tmp_path, trained, facts, capsys) -> Non
     assert "holds config.json of an earlier run" in fails(capsys, auto)
     (tmp_path / "other" / "checkpoint-9").mkdir(parents=True)
     assert "holds checkpoint-9 of an earlier run" in fails(capsys, command(facts, tmp_path / "other"))
+
+
+def test_a_folder_that_another_process_trains_in_is_refused(tmp_path, trained, facts, capsys, monkeypatch) -> None:
+    """It would end in a checkpoint that cannot be written, or in a mixture of both."""
+    run = tmp_path / "run"
+    shutil.copytree(trained("molf"), run)
+    files = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    resume = command(facts, run, "--resume_from_checkpoint", str(run / "checkpoint-1"))
+    other, waited = claim(run, "the test"), []
+    with monkeypatch.context() as patched:
+        patched.setattr("molf.train.files.time.sleep", waited.append)
+        assert f"{run} is in use: another process trains in this output_dir" in fails(capsys, resume)
+    assert waited == [1] * 10
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == files
+    os.close(other)
+    assert main(resume) == 0
 
 
 @pytest.mark.parametrize("name", ["run.json", "metrics.json"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from ..train.files import of_option, sync
+from ..train.files import claim, of_option, sync
 
 RECORD = "export.json"
 """What every export holds, and what tells one from any other folder."""
@@ -42,8 +41,7 @@ def replacing(target: Path) -> Iterator[Path]:
         raise ValueError(f"output_dir={target}: {file} is a file; choose another folder")
     stage = target.with_name(f".{target.name}.part")
     with of_option("output_dir", target, "written"):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        lock = _lock(stage)
+        lock = claim(stage, "another export to the same output_dir is running")
     try:
         _empty(stage)
         if target.exists():
@@ -60,18 +58,6 @@ def replacing(target: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(stage, ignore_errors=True)  # what failed, or the older export
         os.close(lock)
-
-
-def _lock(stage: Path) -> int:
-    """Make the folder and claim it; the system lets go of it when the process ends, however it ends."""
-    stage.mkdir(exist_ok=True)
-    lock = os.open(stage, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(lock)
-        raise ValueError(f"{stage} is in use: another export to the same output_dir is running") from error
-    return lock
 
 
 def _empty(stage: Path) -> None:

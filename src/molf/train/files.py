@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +27,36 @@ def of_option(name: str, path: Any, what: str = "read") -> Iterator[None]:
             f"{name}={path} cannot be {what}: {error.strerror or error}; give another path (a relative one begins in "
             f"{os.getcwd()})"
         ) from error
+
+
+def claim(folder: Path, user: str, patience: int = 0) -> int:
+    """Make a folder and lock it, until what is returned is closed; the system does that when a process ends.
+
+    Nothing is left in it. A file system that has no locks for folders, as NFS has none, gives none here.
+
+    Args:
+        folder: The folder.
+        user: Who else may have it, and what to do then.
+        patience: Seconds to wait: what a process that was killed had started ends a little later.
+
+    Raises:
+        ValueError: If another process has it.
+        OSError: If it cannot be made.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    for left in range(patience, -1, -1):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError as error:
+            if not left:
+                os.close(lock)
+                raise ValueError(f"{folder} is in use: {user}") from error
+            time.sleep(1)
+        except OSError:
+            break
+    return lock
 
 
 def write_json(path: Path, value: Any) -> None:

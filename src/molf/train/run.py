@@ -37,7 +37,7 @@ from .data import evaluation_records, fit_examples, load_data
 from .distributed import check_alike, digest, from_first, is_sharded
 from .errors import of_the_machine
 from .evaluation import ScoredEvaluation
-from .files import of_option, sync, write_json
+from .files import claim, of_option, sync, write_json
 from .load import hub_commit, load_model, load_tokenizer, naming, versions
 from .methods import METHODS, Adapted
 from .nonfinite import FiniteSteps, skipped_steps
@@ -45,6 +45,8 @@ from .quantize import PACKAGES, keep_adapters_in_fp32, quantized
 from .resume import find_checkpoint, finished, is_over
 from .sharded import ShardedCallback, ShardedTraining, shard
 from .verify import progress
+
+_IN_USE = "another process trains in this output_dir; wait for its end, or choose another folder"
 
 
 def train(method: MethodArguments, args: TrainArguments, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
@@ -63,6 +65,14 @@ def train(method: MethodArguments, args: TrainArguments, callbacks: Sequence[Tra
     With several processes all call it, the first alone writes and, unless the model is sharded, scores; the others
     return what they know.
     """
+    with contextlib.ExitStack() as held:
+        return _train(method, args, callbacks, held)
+
+
+def _train(
+    method: MethodArguments, args: TrainArguments, callbacks: Sequence[TrainerCallback], held: contextlib.ExitStack
+) -> dict[str, Any]:
+    """``train``, with a stack that holds the run directory until the run has ended."""
     spec = METHODS[method.method]
     config, resolved = _resolved(method, args)
     task = get_task(method.task) if method.task is not None else None
@@ -86,6 +96,9 @@ def train(method: MethodArguments, args: TrainArguments, callbacks: Sequence[Tra
         shard(model if adapted is None else adapted.model, args)
     adalora = AdaLoraCallback()
     out = Path(str(args.output_dir))
+    if args.process_index == 0:
+        with of_option("output_dir", out, "written"):
+            held.callback(os.close, claim(out, _IN_USE, patience=10))
     routing = RoutingCallback(out / "routing.jsonl")
     trainer = _make_trainer(
         method.method,
