@@ -46,8 +46,6 @@ from .resume import find_checkpoint, finished, is_over
 from .sharded import ShardedCallback, ShardedTraining, shard
 from .verify import progress
 
-_IN_USE = "another process trains in this output_dir; wait for its end, or choose another folder"
-
 
 def train(method: MethodArguments, args: TrainArguments, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
     """Train by one method and save the result; returns the metrics.
@@ -96,9 +94,9 @@ def _train(
         shard(model if adapted is None else adapted.model, args)
     adalora = AdaLoraCallback()
     out = Path(str(args.output_dir))
+    lock = from_first(lambda: _claim(out))
     if args.process_index == 0:
-        with of_option("output_dir", out, "written"):
-            held.callback(os.close, claim(out, _IN_USE, patience=10))
+        held.callback(os.close, lock)
     routing = RoutingCallback(out / "routing.jsonl")
     trainer = _make_trainer(
         method.method,
@@ -163,6 +161,11 @@ def _resolved(method: MethodArguments, args: TrainArguments) -> tuple[MoLFConfig
     training = {**args.to_dict(), "eos_token": args.eos_token}  # which transformers takes for a secret
     parts = {"method": asdict(method), "molf": asdict(config), "training": training, "versions": found}
     return config, {**parts, "processes": args.world_size}
+
+
+def _claim(out: Path) -> int:
+    with of_option("output_dir", out, "written"):
+        return claim(out, "another process trains in this output_dir; wait for its end, or choose another folder", 10)
 
 
 class _Trainer(FiniteSteps, WholeCheckpoints, ShardedTraining, ScoredEvaluation, SFTTrainer):
