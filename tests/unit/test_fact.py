@@ -56,6 +56,8 @@ def test_load(tmp_path: Path, form) -> None:
         ("[]", "has no record"),
         ("", "has no record"),
         ("{", "neither a JSON list nor JSON lines"),
+        ('\n{}\n{"a"}', r"Expecting ':' delimiter \(line 3\)"),
+        ("[\n{},\n{]", r"neither a JSON list nor JSON lines: .* \(line 3\)"),
         (json.dumps([ROME, {**FLAT, "target_new": ""}]), "record 1: no CounterFact record, target_new is ''"),
         (json.dumps([{"prompt": "a"}]), "record 0: no CounterFact record, 'target_new' is missing"),
         ("[3]", "record 0: no CounterFact record"),

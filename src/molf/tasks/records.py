@@ -59,13 +59,15 @@ def _is_dataset(source: str) -> bool:
 
 def _read_json(path: Path) -> list[Any]:
     text = read_text(path)
-    try:
-        if text.lstrip().startswith("["):
-            records = list(json.loads(text))
-        else:
-            records = [json.loads(line) for line in text.split("\n") if line.strip()]
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is neither a JSON list nor JSON lines: {error}") from error
+    is_list = text.lstrip().startswith("[")
+    records: list[Any] = []
+    for number, piece in [(1, text)] if is_list else enumerate(text.split("\n"), 1):
+        try:
+            records += json.loads(piece) if is_list else [json.loads(piece)] if piece.strip() else []
+        except (ValueError, RecursionError) as error:
+            line = number + getattr(error, "lineno", 1) - 1
+            reason = getattr(error, "msg", error)
+            raise ValueError(f"{path} is neither a JSON list nor JSON lines: {reason} (line {line})") from error
     for index, record in enumerate(records):
         try:
             json.dumps(record, ensure_ascii=False).encode()
