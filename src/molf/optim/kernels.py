@@ -62,14 +62,9 @@ class Kernels(Compiled):
         self._sums_compiled = False
 
     def _pass(self, kind: int, table: Table, numbers: Numbers, like: Tensor) -> Iterator[Sequence[int]]:
-        nothing, count = (None,) * len(table.rows), len(table.rows)
-        alike: dict[Any, list[int]] = defaultdict(list)  # of winners and sums, one is loaded at a time
-        aligned = _are_aligned([*table.addresses[: _WINNER.value], table.columns], count)
-        for i, kinds in enumerate(zip(table.grads or nothing, table.stores or nothing, aligned, strict=True)):
-            alike[kinds].append(i)
-        for (grad, store, on_16), chosen in alike.items():
-            columns = [*table.addresses, table.rows, table.columns]
-            if len(chosen) < count:
+        for (grad, store, aligned), chosen in _alike(table).items():
+            columns: list[Column] = [*table.addresses, table.rows, table.columns]
+            if len(chosen) < len(table.rows):
                 columns = [column and [column[i] for i in chosen] for column in columns]
             rows, widths = columns[-2] or (), columns[-1] or ()
             pieces = [0, *accumulate(height * -(-width // PIECE) for height, width in zip(rows, widths, strict=True))]
@@ -95,7 +90,7 @@ class Kernels(Compiled):
                         kind,
                         _TYPES[grad or torch.float32],
                         None if store is None else _TYPES[store],
-                        on_16,
+                        aligned,
                         numbers.by_row,
                         PIECE,
                         BLOCK,
@@ -114,7 +109,7 @@ class Kernels(Compiled):
                 left, right = _halves(left), _halves(right)
             count, tiles = len(each.targets), -(-rows // TILE) * -(-columns // WIDTH)
             places = [addresses(each.targets), addresses(each.bases), spaced(left), spaced(right)]
-            aligned = all(_are_aligned(places, count)) and not (rows | columns) % 16
+            aligned = all(_are_aligned(places)) and not (rows | columns) % 16
             lengths = [rows] * count, [columns] * count, range(0, count * tiles, tiles)
             numbers = (_to_device([*places, *lengths], count, scales), count, rank, _TYPES[dtype], _TYPES[left.dtype])
             with _compiling(scales):
@@ -132,7 +127,7 @@ class Kernels(Compiled):
             count, columns, depth = len(grads), to.shape[2], left.shape[2]
             tiles = -(-columns // TILE)
             places = [addresses(grads), spaced(left), spaced(to)]
-            aligned = all(_are_aligned(places, count)) and not (columns | depth) % 16
+            aligned = all(_are_aligned(places)) and not (columns | depth) % 16
             lengths = [columns] * count, [depth] * count, range(0, count * tiles, tiles)
             numbers = (_to_device([*places, *lengths], count, scales), count, scales, len(scales))
             with _compiling(scales):
@@ -142,7 +137,17 @@ class Kernels(Compiled):
         return True
 
 
-def _are_aligned(columns: Sequence[Column], count: int) -> list[bool]:
+def _alike(table: Table) -> dict[tuple[torch.dtype | None, torch.dtype | None, bool], list[int]]:
+    """The jobs, by number, that one launch takes: by the dtypes of gradient and store, and whether all is aligned."""
+    nothing = [None] * len(table.rows)
+    aligned = _are_aligned([*table.addresses[: _WINNER.value], table.columns])  # of the others, one is loaded at a time
+    jobs: dict[Any, list[int]] = defaultdict(list)
+    for i, kind in enumerate(zip(table.grads or nothing, table.stores or nothing, aligned, strict=True)):
+        jobs[kind].append(i)
+    return jobs
+
+
+def _are_aligned(columns: Sequence[Column]) -> list[bool]:
     """Of each job whether 16 bytes can be loaded at once at all addresses and after all lengths."""
     return [not reduce(or_, job) % 16 for job in zip(*filter(None, columns), strict=True)]
 
