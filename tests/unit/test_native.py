@@ -316,3 +316,39 @@ def test_a_state_is_not_half_loaded_where_compiling_fails(monkeypatch) -> None:
     with pytest.raises(passes.CompileError, match="compile=True, but compiling failed"):
         loading.load_state_dict(optimizer.state_dict())
     torch.testing.assert_close((other.state_dict(), loading.state_dict()["state"]), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_squares_do_not_depend_on_the_default_dtype(dtype: torch.dtype) -> None:
+    listed = [torch.randn(7, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float32)]
+    expected = native.Native().squares(listed, [1])
+    torch.set_default_dtype(dtype)
+    try:
+        found = native.Native().squares(listed, [1])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float64, torch.float32), (torch.float32, torch.float64)])
+def test_sums_that_compiled_code_cannot_write_are_left_to_torch(dtypes: tuple[torch.dtype, ...]) -> None:
+    shared = Tracking((0.9, 0.999), 1e-8, "epd")
+    ours, theirs = ([tuple(t.to(dtype) for t in tensors((3, 5), 0)[:3]) for dtype in dtypes] for _ in range(2))
+    found = passes.Passes(True, 0, torch.device("cpu")).run(passes.track_all, ours, shared, [3, 3])
+    expected = torch.cat([track_(*job, shared).to(found.dtype) for job in theirs])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+
+
+def test_a_negated_view_has_its_sign() -> None:
+    """As autograd gives it to a parameter of one element under a conjugated number."""
+    found = []
+    for negated in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(200, 200), torch.nn.LayerNorm(200))
+        optimizer = create_molf_optimizer(model, MoLFConfig(expert_ranks=(2,), compile=True))
+        for parameter in model.parameters():
+            ones = torch.ones_like(parameter)
+            parameter.grad = torch._neg_view(ones) if negated else -ones
+        optimizer.step()
+        found.append([*model.parameters()])
+    assert all(map(torch.equal, *found))

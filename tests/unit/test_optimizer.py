@@ -336,3 +336,32 @@ def test_recorder_survives_a_torn_line_and_drops_what_a_resume_repeats(tmp_path)
     (tmp_path / "other.jsonl").write_text('{"schema": 99}\n')
     with pytest.raises(ValueError, match="schema 99"):
         read_routing(tmp_path / "other.jsonl")
+
+
+def test_layers_with_other_step_counts_keep_their_own_bias_correction() -> None:
+    torch.manual_seed(0)
+    ours = nn.Sequential(*[nn.Linear(8, 8) for _ in range(3)])
+    theirs = copy.deepcopy(ours)
+    config = MoLFConfig(expert_ranks=(), target_modules=["0", "1"], compile=False, lr=1e-3, weight_decay=0.0)
+    optimizers = create_molf_optimizer(ours, config), torch.optim.AdamW(theirs.parameters(), lr=1e-3, weight_decay=0.0)
+    for step in range(3):
+        x = torch.randn(4, 8, generator=torch.Generator().manual_seed(step))
+        for model, optimizer in zip((ours, theirs), optimizers, strict=True):
+            optimizer.zero_grad()
+            (model(x) if step else model[2](model[0](x))).square().sum().backward()  # layer 1 takes no part at first
+            optimizer.step()
+    assert all(map(torch.equal, ours.parameters(), theirs.parameters()))
+
+
+def test_scores_of_layers_of_several_dtypes_are_their_own() -> None:
+    found = []
+    for dtypes in ((torch.float64, torch.float32, torch.float64), (torch.float64,) * 3):
+        torch.manual_seed(0)
+        model = nn.Sequential(*[nn.Linear(8 + i, 9 + i, bias=False).to(dtype) for i, dtype in enumerate(dtypes)])
+        config = MoLFConfig(expert_ranks=(), target_modules=["0", "1", "2"], compile=False)
+        optimizer = create_molf_optimizer(model, config)
+        for i, parameter in enumerate(model.parameters()):
+            parameter.grad = torch.full_like(parameter, 10.0**i)
+        optimizer.step()
+        found.append([each.scores[0] for each in optimizer.routing.values()])
+    torch.testing.assert_close(*found, rtol=1e-5, atol=0)

@@ -35,10 +35,6 @@ class Coefficients(NamedTuple):
     inverse_root: Tensor
     eps: float
 
-    def by_row(self) -> Coefficients:
-        """Numbers per rank as a column, for a matrix whose rows are the ranks."""
-        return self._replace(decay=self.decay[:, None], step_size=self.step_size[:, None])
-
 
 class Tracking(NamedTuple):
     """What the moments and the score need beside the tensors.

@@ -74,7 +74,7 @@ class Numbers(NamedTuple):
 
 
 class Compiled(ABC):
-    """Runs jobs of a pass. Make one per optimizer. After a ``CompileError`` a job has run if its result was given."""
+    """Runs jobs of a pass. Make one per optimizer. After a ``CompileError`` those have run whose numbers were given."""
 
     LOW: ClassVar[tuple[torch.dtype, ...]] = (torch.bfloat16,)
     """Formats of 16 bits."""
@@ -102,7 +102,7 @@ class Compiled(ABC):
             sums: Takes the sums over all rows.
         """
         columns = _columns(function, jobs)
-        taken = self._taken(columns, len(jobs))
+        taken = self._taken(columns, len(jobs)) if self._are_plain([sums]) or function is not track_all else ()
         if not taken:
             return
         starts: Sequence[int] = [0, *accumulate(rows)][:-1]

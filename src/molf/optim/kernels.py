@@ -178,7 +178,7 @@ def _compiling(like: Tensor) -> Iterator[None]:
 
 @triton.jit
 def _find(table, count, number, FIELD: tl.constexpr):
-    """The last job whose ``FIELD``, the number of its first piece, is at most ``number``; where its numbers begin."""
+    """The last job whose ``FIELD``, the number of its first piece, is at most ``number``: its place in a column."""
     low = 0
     high = count
     while high - low > 1:

@@ -42,7 +42,7 @@ class Native(Compiled):
         """As ``Compiled.squares``, of tensors that are plain."""
         if not self._are_plain(tensors, low=True):
             return None
-        sums = torch.empty(sum(counts), device="cpu")
+        sums = torch.empty(sum(counts), dtype=torch.float32, device="cpu")
         places = [sums.data_ptr() + start * sums.element_size() for start in accumulate(counts, initial=0)][:-1]
         widths = [tensor.numel() // count for tensor, count in zip(tensors, counts, strict=True)]
         dtypes = [tensor.dtype for tensor in tensors]
@@ -55,7 +55,7 @@ class Native(Compiled):
         if numbers.gate is not None:
             return
         count, low = len(table.rows), table.grads and [dtype == torch.bfloat16 for dtype in table.grads]
-        listed = packed([*table.addresses, table.rows, table.columns, low], count)
+        listed = packed([*table.addresses, table.rows, table.columns, low], count)  # ``Job`` of passes.cpp
         _library().molf_pass(
             kind,
             listed.buffer_info()[0],

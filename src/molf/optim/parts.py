@@ -69,11 +69,11 @@ class Part:
 
 
 def gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
-    """The parameters' gradients, of sharded ones the parts that this process holds."""
+    """The parameters' gradients, of sharded ones the parts that this process holds, with the sign in their data."""
     found = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if len(found) < len(parameters):
         raise RuntimeError("a gradient disappeared during the step")
-    return locals_of(found)
+    return [grad.resolve_neg() for grad in locals_of(found)]
 
 
 def _stacked(tensors: Sequence[Tensor]) -> Tensor:

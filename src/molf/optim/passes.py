@@ -85,7 +85,7 @@ class Passes:
 
         Args:
             function: One of the three passes.
-            jobs: The tensors.
+            jobs: The tensors; of ``track_all`` on one device, with moments of one dtype.
             shared: What all jobs have in common: numbers, and tensors that broadcast to theirs.
             rows: How many rows each job has, over which is summed, or along which numbers or winners vary. None is one
                 each, in whatever shape a job's tensors are.
