@@ -1,6 +1,7 @@
 """The memory that is planned is that of real tensors, and nothing is held twice."""
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 from models import ARCHITECTURES, causal_lm
 from molf import MoLFConfig, create_molf_optimizer, molf_lora_config
 from molf.plan.memory import Workload, _of_step, _simulate, plan_method
-from molf.plan.text import TOO_FAST, warnings
+from molf.plan.text import TOO_FAST, totals, warnings
 from molf.plan.tracker import PeakTracker
 
 
@@ -87,6 +88,13 @@ def test_a_mixture_of_experts_is_planned() -> None:
     plan = plan_method("molf", MoLFConfig(expert_ranks=(2,)), work)
     assert plan.memory()["weights"] == sum(4 * parameter.numel() for parameter in real.parameters())
     assert plan.peak == pytest.approx(_simulate(real, real, work), rel=0.05)
+
+
+def test_an_adapter_is_no_virtual_expert() -> None:
+    plan = plan_method("molf-e", MoLFConfig(expert_ranks=(2, 3), train_base=False), small_workload())
+    adapter = sum(math.prod(tensor.shape) for tensor in plan.held if tensor.kind == "experts")
+    whole = adapter + sum(math.prod(tensor.shape) for tensor in plan.held if tensor.kind == "weights")
+    assert totals(plan) == f"molf-e: {adapter:,} of {whole:,} parameters trained"
 
 
 @pytest.mark.parametrize("compile", [False, True])

@@ -301,7 +301,7 @@ def _routed_rows(model: nn.Module, optimizer: Any) -> Iterator[Row]:
         if group is None or group["expert"] == "base":
             yield Row(name, shape, "", 0.0, 0.0, False)
         elif own.endswith((".lora_A", ".lora_B")) and own in routed:
-            yield Row(own, shape, names, lora[0]["lr"], lora[0]["weight_decay"], True)
+            yield Row(name, shape, names, lora[0]["lr"], lora[0]["weight_decay"], True)
         else:
             expert = group["expert"].removesuffix("_bias") if group["expert"].startswith("dense") else "not routed"
             yield Row(name, shape, expert, group["lr"], group["weight_decay"], True)

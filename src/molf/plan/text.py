@@ -41,10 +41,7 @@ def totals(plan: Plan) -> str:
     def count(rows: Sequence[Row]) -> int:
         return sum(int(torch.Size(row.shape).numel()) for row in rows)
 
-    stored = {(held.name, held.shape) for held in plan.held if held.kind == "experts"}
-    virtual = [
-        row for row in plan.rows if row.name.endswith((".lora_A", ".lora_B")) and (row.name, row.shape) not in stored
-    ]
+    virtual = [row for row in plan.rows if row.name.endswith((".lora_A", ".lora_B"))]  # an adapter's end with .weight
     inside = [row for row in plan.rows if row not in virtual]
     trained = [row for row in inside if row.trained]
     extra = f", and {count(virtual):,} in virtual experts" if virtual else ""
