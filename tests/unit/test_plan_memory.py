@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 
 from models import ARCHITECTURES, causal_lm
 from molf import MoLFConfig, create_molf_optimizer, molf_lora_config
-from molf.plan.memory import Workload, _of_step, _simulate, plan_method
+from molf.plan.memory import Workload, _of_step, _simulate, plan_method, side_by_side
 from molf.plan.text import TOO_FAST, totals, warnings
 from molf.plan.tracker import PeakTracker
 
@@ -88,6 +88,18 @@ def test_a_mixture_of_experts_is_planned() -> None:
     plan = plan_method("molf", MoLFConfig(expert_ranks=(2,)), work)
     assert plan.memory()["weights"] == sum(4 * parameter.numel() for parameter in real.parameters())
     assert plan.peak == pytest.approx(_simulate(real, real, work), rel=0.05)
+
+
+@pytest.mark.filterwarnings("ignore:The following .* keys did not match:RuntimeWarning")  # of PEFT's own pattern
+def test_a_method_that_the_model_does_not_take_leaves_the_others() -> None:
+    """PEFT adapts a mixture's experts as a whole, which MoLF-Efficient refuses; that refused the plan of all."""
+    sizes = {**ARCHITECTURES["llama"][1], "num_local_experts": 4}
+    work, config = small_workload(model=MixtralConfig(**sizes)), MoLFConfig(expert_ranks=(2,))
+    plans, left_out = side_by_side("molf", config, work)
+    assert [plan.method for plan in plans] == ["fft", "lora", "molf"]
+    assert "only linear layers can be routed" in left_out["molf-e"]
+    with pytest.raises(ValueError, match="only linear layers can be routed"):
+        side_by_side("molf-e", replace(config, train_base=False), work)
 
 
 def test_an_adapter_is_no_virtual_expert() -> None:

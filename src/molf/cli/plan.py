@@ -52,7 +52,7 @@ def run(argv: Sequence[str]) -> None:
     limit = getattr(model.get_text_config(), "max_position_embeddings", None)
     length = min(n for n in (args.max_length or limit or 1024, limit) if n is not None)
     work = workload(method, args, model, length)
-    plans = side_by_side(method.method, config, work)
+    plans, left_out = side_by_side(method.method, config, work)
     own = next(plan for plan in plans if plan.method == method.method)
     print(tensors(own.rows, method.all))
     print(f"\n{totals(own)}")
@@ -62,5 +62,5 @@ def run(argv: Sequence[str]) -> None:
     print(by_kind(plans))
     print("\nPeak GiB per GPU:\n")
     print(by_gpus(plans, method.gpus))
-    for line in warnings(own, config, work):
+    for line in [*warnings(own, config, work), *(f"{name} is left out: {why}" for name, why in left_out.items())]:
         print(f"\nwarning: {line}")

@@ -355,9 +355,16 @@ def _largest_block(base: nn.Module) -> int:
     return max((sum(_size(p) for p in layer.parameters()) for layer in layers(base)), default=0)
 
 
-def side_by_side(method: str, config: MoLFConfig, work: Workload) -> list[Plan]:
-    """The method as it is configured, next to fft, lora, molf and molf-e with its ranks, or their own defaults."""
-    plans = []
+def side_by_side(method: str, config: MoLFConfig, work: Workload) -> tuple[list[Plan], dict[str, str]]:
+    """The method as it is configured, next to fft, lora, molf and molf-e with its ranks, or their own defaults.
+
+    Returns:
+        The plans, and by name why one of the others has none: the model cannot be trained by it this way.
+
+    Raises:
+        ValueError: If the model cannot be trained by the method itself.
+    """
+    plans, left_out = [], {}
     for name in dict.fromkeys(("fft", "lora", "molf", "molf-e", method)):
         spec = METHODS[name]
         ranks = tuple(config.expert_ranks) or spec.default_ranks
@@ -371,5 +378,10 @@ def side_by_side(method: str, config: MoLFConfig, work: Workload) -> list[Plan]:
             config, expert_ranks=ranks, train_base=spec.train_base, policy="score", random_shares=None, top_k=1,
             lora_alpha=None, train_other=None, lora_dropout=0.0,
         )  # fmt: skip
-        plans.append(plan_method(name, config if name == method else other, work))
-    return plans
+        try:
+            plans.append(plan_method(name, config if name == method else other, work))
+        except ValueError as error:
+            if name == method:
+                raise
+            left_out[name] = str(error)
+    return plans, left_out
