@@ -67,6 +67,20 @@ def test_ranks_of_molf_e(tmp_path) -> None:
         assert layer.scaling["default"] == pytest.approx(2.0)
 
 
+def test_lora_experts_together_win_against_dense(tmp_path) -> None:
+    """40 % dense, 30 % for each of two LoRA experts: the module went to LoRA, of the rank that is first."""
+    lines = routing_lines(20, ["a.0.x"], ("dense", "lora_r4[0]", "lora_r4[1]"))
+    for step, line in enumerate(lines[1:]):
+        line["winners"] = [[0 if step < 8 else 1 + step % 2]]
+    text, config = advised(write_run(tmp_path / "run", routing=lines, ranks=(4, 4)))
+    assert config is not None
+    assert config.target_modules == {"a.0.x"}
+    assert config.modules_to_save is None
+    assert "0 of 1 modules wanted dense updates, 1 LoRA." in text
+    assert "lora_r4[0] won 30 % of 20 steps, LoRA 60 % in all, " in text
+    assert "contested" in text
+
+
 def test_a_run_that_wanted_no_lora_has_no_config(tmp_path) -> None:
     lines = routing_lines(20, ["a.0.x"])
     for line in lines[1:]:

@@ -28,7 +28,7 @@ class Verdict:
 
     Attributes:
         module: Its name in the model, without PEFT's prefix.
-        expert: The expert that won most of its steps; of equal ones a LoRA expert, as the cheaper.
+        expert: The dense expert if it won more than half of its steps, else the LoRA expert that won most of them.
         evidence: Share, steps, settling and margin, in a line.
     """
 
@@ -40,8 +40,8 @@ class Verdict:
 def advise(run: Run) -> str:
     """Python code that makes a ``LoraConfig``, with the evidence per module and what it is not.
 
-    A module whose dense expert won most steps goes to ``modules_to_save``, PEFT's full training of a module; any other
-    to ``target_modules``, with the rank and the scale of the LoRA expert that won most of its steps.
+    A module whose dense expert won more than half of its steps goes to ``modules_to_save``, PEFT's full training of a
+    module; any other to ``target_modules``, with the rank and the scale of the LoRA expert that won most of its steps.
 
     Raises:
         ValueError: If the run has no routing, had no choice, or its winners were not chosen by the score.
@@ -67,10 +67,10 @@ def advise(run: Run) -> str:
     dense = [verdict for verdict in verdicts if verdict.expert == "dense"]
     lora = [verdict for verdict in verdicts if verdict.expert != "dense"]
     head = [
-        f"# From {log.steps[-1]:,} steps of {run.config['method'].get('method')!r} in {run.name!r}, with the experts "
+        f"# From {len(log.steps):,} steps of {run.config['method'].get('method')!r} in {run.name!r}, with the experts "
         f"{', '.join(log.experts)}:",
         f"# {len(dense)} of {len(verdicts)} modules wanted dense updates, {len(lora)} LoRA. A module is put where most "
-        "of its steps went.",
+        "of its steps went, LoRA's experts counted together.",
         _WHAT_IT_IS_NOT,
     ]
     return "\n".join([*head, *_code(lora, dense, config)]) + "\n"
@@ -85,12 +85,15 @@ def judge(log: RoutingLog) -> list[Verdict]:
         if not len(decisions):
             continue
         wins = np.bincount(decisions, minlength=len(log.experts))
-        most = min(range(len(log.experts)), key=lambda e: (-wins[e], log.experts[e] == "dense"))
+        dense = log.experts[0] == "dense" and 2 * wins[0] > len(decisions)  # of equal ones LoRA, the cheaper
+        most = 0 if dense else max(range(len(log.experts)), key=lambda e: (log.experts[e] != "dense", wins[e]))
         last, share = decisions[-1], wins[most] / len(decisions)
         clear = float(window_medians(margin[:, index], np.array([0, len(log.steps)]))[0])
+        lora = 1 - wins[0] / len(decisions) if log.experts[0] == "dense" and not dense else share
+        together = f", LoRA {100 * lora:.0f} % in all" if lora > share else ""
         evidence = (
-            f"{log.experts[most]} won {100 * share:.0f} % of {len(decisions):,} steps, {log.experts[last]} all from "
-            f"step {settled[index]:,}, median margin {clear:.2f}"
+            f"{log.experts[most]} won {100 * share:.0f} % of {len(decisions):,} steps{together}, {log.experts[last]} "
+            f"all from step {settled[index]:,}, median margin {clear:.2f}"
             + (", contested" if share < _CONTESTED or last != most else "")
         )
         verdicts.append(Verdict(name.removeprefix("base_model.model."), log.experts[most], evidence))
