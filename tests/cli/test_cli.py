@@ -184,6 +184,7 @@ def test_options_that_do_nothing_or_nonsense_are_refused(tmp_path, config, model
     assert "lora takes lora_weight_decay" in fails(capsys, *train, "--method", "lora", "--weight_decay", "0.5")
     assert "molf is the optimizer" in fails(capsys, *train, "--optim", "adafactor")
     assert "optim_args=a=1: molf does not use it" in fails(capsys, *train, "--optim_args", "a=1")
+    assert "molf does not use it" in fails(capsys, *train, "--optim_target_modules", "q_proj")
     assert "model_init_kwargs={'a': 1}: molf does" in fails(capsys, *train, "--model_init_kwargs", '{"a": 1}')
     assert "fp16=True: a CPU would train in fp32" in fails(capsys, *train, "--fp16", "true")
     assert "validation_size=inf: must be positive and" in fails(capsys, *train, "--validation_size", "inf")

@@ -193,7 +193,7 @@ class MethodArguments:
             )
         if spec.routes and args.optim != TrainArguments.optim:
             raise ValueError(f"optim={args.optim}: {self.method} is the optimizer; leave the option out")
-        for name in ("model_init_kwargs", *(("optim_args",) if spec.routes else ())):
+        for name in ("model_init_kwargs", *(("optim_args", "optim_target_modules") if spec.routes else ())):
             if getattr(args, name):
                 raise ValueError(f"{name}={getattr(args, name)}: {self.method} does not use it; leave it out")
         if spec.adapter and not spec.routes and args.weight_decay != TrainArguments.weight_decay:
