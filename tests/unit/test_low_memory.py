@@ -209,6 +209,27 @@ def test_steps_in_the_backward_pass_free_gradients_and_refuse_accumulation() -> 
         (model(input_ids=ids, labels=ids).loss * torch.inf).backward()
 
 
+def test_a_backward_pass_that_ended_with_an_error_is_over_after_zero_grad() -> None:
+    """As where a batch that takes too much memory is left out; the next one was taken for accumulation."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    optimizer = create_molf_optimizer(model, MoLFConfig(expert_ranks=(2,), step_in_backward=True))
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("no memory")
+
+    hook = model[0].register_full_backward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="no memory"):
+        model(torch.ones(3, 4)).sum().backward()
+    hook.remove()
+    optimizer.zero_grad()
+    model(torch.ones(3, 4)).sum().backward()
+    optimizer.step()
+    assert [int(optimizer.state[layer.weight]["step"]) for layer in model] == [1, 2]
+    model(torch.ones(3, 4)).sum().backward()
+    with pytest.raises(RuntimeError, match="a second backward pass"):
+        model(torch.ones(3, 4)).sum().backward()
+
+
 def test_a_group_that_is_added_is_stepped_in_the_backward_pass_too() -> None:
     model, extra = nn.Sequential(nn.Linear(4, 2)), nn.Parameter(torch.ones(2))
     optimizer = create_molf_optimizer(model, MoLFConfig(expert_ranks=(2,), step_in_backward=True, **RATES))

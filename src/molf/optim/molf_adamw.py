@@ -86,6 +86,12 @@ class MoLFAdamW(MoLFStep):
             for parameter in self.param_groups[-1]["params"]:
                 self._in_backward.add([parameter])
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As of every optimizer; with ``step_in_backward`` a backward pass that ended with an error is over."""
+        super().zero_grad(set_to_none)
+        if self._in_backward is not None:
+            self._in_backward.stepped.clear()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a saved state; the first step then looks that every routed module still takes part.
 
