@@ -105,13 +105,12 @@ class Compiled(ABC):
         taken = self._taken(columns, len(jobs)) if self._are_plain([sums]) or function is not track_all else ()
         if not taken:
             return
-        starts: Sequence[int] = [0, *accumulate(rows)][:-1]
+        starts = first_addresses(sums, rows) if function is track_all else None
         if len(taken) < len(jobs):
-            columns = [column and [column[i] for i in taken] for column in columns]
-            rows, starts = [rows[i] for i in taken], [starts[i] for i in taken]
+            columns, rows = [column and [column[i] for i in taken] for column in columns], [rows[i] for i in taken]
+            starts = starts and [starts[i] for i in taken]
         kind, numbers = _numbers(function, shared)
-        moments, place, size = columns[1] or (), sums.data_ptr(), sums.element_size()
-        places = [*map(addresses, columns), [place + size * start for start in starts] if kind < UPDATE else None]
+        moments, places = columns[1] or (), [*map(addresses, columns), starts]
         widths = [t.numel() // max(1, count) for t, count in zip(moments, rows, strict=True)]
         grads, _, _, values, stores, _ = columns
         dtypes = grads and list(map(_DTYPE, grads)), stores and [t if t is None else t.dtype for t in stores]
@@ -202,6 +201,12 @@ def spaced(tensor: Tensor) -> range:
     """The addresses of what a tensor holds along its first dimension."""
     size, place = tensor.element_size() * tensor[0].numel(), tensor.data_ptr()
     return range(place, place + size * len(tensor), size)
+
+
+def first_addresses(sums: Tensor, rows: Sequence[int]) -> list[int]:
+    """Where the sums over each job's rows begin."""
+    place, size = sums.data_ptr(), sums.element_size()
+    return [place + size * start for start in accumulate(rows, initial=0)][:-1]
 
 
 def packed(columns: Iterable[Column], count: int) -> array[int]:

@@ -13,13 +13,12 @@ import shlex
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .compiled import SQUARES, Compiled, Numbers, Table, addresses, packed, spaced
+from .compiled import SQUARES, Compiled, Numbers, Table, addresses, first_addresses, packed, spaced
 from .passes import CompileError
 from .virtual import Products
 
@@ -43,10 +42,9 @@ class Native(Compiled):
         if not self._are_plain(tensors, low=True):
             return None
         sums = torch.empty(sum(counts), dtype=torch.float32, device="cpu")
-        places = [sums.data_ptr() + start * sums.element_size() for start in accumulate(counts, initial=0)][:-1]
         widths = [tensor.numel() // count for tensor, count in zip(tensors, counts, strict=True)]
-        dtypes = [tensor.dtype for tensor in tensors]
-        table = Table([addresses(tensors), *[None] * 5, places], counts, widths, dtypes, None)
+        places = [addresses(tensors), *[None] * 5, first_addresses(sums, counts)]
+        table = Table(places, counts, widths, [tensor.dtype for tensor in tensors], None)
         for _ in self._pass(SQUARES, table, Numbers(), sums):
             pass
         return sums
@@ -70,15 +68,14 @@ class Native(Compiled):
     def _superpose(self, listed: Sequence[Products], scales: Tensor) -> None:
         columns: list[list[int]] = [[] for _ in range(7)]  # ``Product`` of passes.cpp
         for each in listed:
-            shape = (each.left.shape[2], each.right.shape[2], each.targets[0].dtype == torch.bfloat16)
-            places = (*map(addresses, each[:2]), *map(spaced, each[2:]))
-            for column, own in zip(
-                columns, (*places, *([number] * len(each.targets) for number in shape)), strict=True
-            ):
-                column.extend(own or ())
-        count, threads = len(columns[0]), torch.get_num_threads()
-        jobs = packed(columns, count)
-        _library().molf_superpose(jobs.buffer_info()[0], count, threads, scales.data_ptr(), len(scales))
+            count, low = len(each.targets), each.targets[0].dtype == torch.bfloat16
+            alike = ([number] * count for number in (each.left.shape[2], each.right.shape[2], low))
+            own = [*map(addresses, each[:2]), *map(spaced, each[2:]), *alike]
+            for column, more in zip(columns, own, strict=True):
+                column.extend(more or ())
+        total, threads = len(columns[0]), torch.get_num_threads()
+        jobs = packed(columns, total)
+        _library().molf_superpose(jobs.buffer_info()[0], total, threads, scales.data_ptr(), len(scales))
 
     def _are_products(self, each: Products) -> bool:
         return each.targets[0].numel() < PRODUCT_TO and super()._are_products(each)
