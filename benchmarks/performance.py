@@ -88,7 +88,7 @@ def bars() -> str:
         ("whole training step, MoLF / full fine-tuning with fused AdamW", 1.05, over(train, "molf", "fft")),
         ("the same, four accumulated batches", 1.02, over(four, "molf", "fft")),
         ("whole training step, MoLF-Efficient / PEFT LoRA of the same rank", 1.02, over(train, "molf-e", "lora")),
-        ("optimizer step without its matmuls / fused AdamW's, dense wins everywhere", 1.6, dense),
+        ("optimizer step without its matmuls / fused AdamW's, dense wins everywhere (`molf-dense-late`)", 1.6, dense),
         ("the same, LoRA wins everywhere", 1.1, lora),
         ("peak memory without the experts / full fine-tuning's, LoRA never won", 1.05, weight),
         ("optimizer step of 28 layers of width 64 / fused AdamW's", 3, over(load("overhead_cpu"), "molf", "fft")),
@@ -99,7 +99,7 @@ def bars() -> str:
     dense, lora = (over(step, name, "fft", "without_matmuls") for name in ("molf-dense-late", "molf-lora"))
     rows += [
         ("without AVX-512: whole training step, MoLF / fused AdamW", 1.05, over(train, "molf", "fft")),
-        ("without AVX-512: optimizer step without its matmuls, dense wins everywhere", 1.6, dense),
+        ("without AVX-512: optimizer step without its matmuls, dense wins everywhere (`molf-dense-late`)", 1.6, dense),
         ("without AVX-512: the same, LoRA wins everywhere", 1.1, lora),
     ]
     for size, shape in GPU_SHAPES.items():
