@@ -71,6 +71,7 @@ def test_bad_input_is_one_line_and_starts_nothing(
     assert "model nowhere/at-all cannot be read" in fails(*compare, "--model_name_or_path", "nowhere/at-all")
     assert "has no EOS token" in fails(*compare, "--model_name_or_path", model_without_eos)
     assert "workers=0" in fails(*compare, "--workers", "0")
+    assert "--threads 1000000: this machine has" in fails(*compare, "--threads", "1000000")
     assert "test_size=99 do not split 12 records" in fails(*compare, "--test_size", "99")
     assert "validation_size=0 and" in fails(*compare, "--validation_size", "0")
     assert "task='none'" in fails(*compare, "--task", "none")

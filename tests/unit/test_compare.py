@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -141,6 +142,15 @@ def _ends_by(folder: Path, monkeypatch: pytest.MonkeyPatch, words: str) -> list[
     return sweep.plan(["fft"], [1e-3], [0], COMMON, {})
 
 
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """Are not ignored, as they are by what a shell without a terminal has put into the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 @pytest.mark.parametrize("words", ["exit 130", "kill -INT $$"])
 def test_a_run_that_was_interrupted_has_no_result(tmp_path: Path, monkeypatch, words: str) -> None:
     runs = _ends_by(tmp_path, monkeypatch, words)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, fields
@@ -21,7 +20,7 @@ from ..bench.results import Results
 from ..bench.timing import interleave, say
 from ..bench.workload import OptimizerStep, TrainStep
 from ..train.files import of_option
-from .parser import Parser
+from .parser import Parser, check_threads
 
 DESCRIPTION = """Time or weigh optimizers on a model with random weights: nothing is downloaded.
 
@@ -55,9 +54,8 @@ def run(argv: Sequence[str]) -> None:
                 "there has to be one: use molf bench train with --accumulation 1"
             )
     baselines = _baselines(options.baseline, labels)
-    if (options.threads or 1) > (cores := os.cpu_count() or 1):
-        raise ValueError(f"--threads {options.threads}: this machine has {cores} cores, give at most as many")
     if options.threads:
+        check_threads(options.threads)
         torch.set_num_threads(options.threads)
     stamp = environment(settings.device, settings.seed, [shlex.quote(word) for word in argv])
     header: dict[str, Any] = {"settings": {**asdict(settings), "warmup": options.warmup}, "environment": stamp}

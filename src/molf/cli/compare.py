@@ -19,7 +19,7 @@ from ..train.data import split
 from ..train.files import of_option, write_json
 from ..train.run import load_training_tokenizer
 from ..train.sweep import Run, plan, read_results, run_sweep
-from .parser import Parser, is_mapping, read_settings
+from .parser import Parser, check_threads, is_mapping, read_settings
 from .train import fits, parse, type_name
 
 DESCRIPTION = """Methods x learning rates x seeds on one task and model, from a YAML file or from options.
@@ -120,6 +120,7 @@ def _options(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any], d
             raise ValueError(f"{name}={getattr(options, name)!r}: give a list")
     if options.workers < 1 or options.threads < 1:
         raise ValueError(f"workers={options.workers}, threads={options.threads}: must be at least 1")
+    check_threads(options.threads)
     common = {key: value for key, value in settings.items() if key not in names} | _pairs(rest)
     if "task" not in common:
         raise ValueError("task is not given: a comparison needs a task that scores the runs")

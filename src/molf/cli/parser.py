@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -54,3 +55,13 @@ def read_settings(path: Path) -> dict[str, Any]:
 def is_mapping(value: Any) -> bool:
     """Whether it is a mapping from names."""
     return isinstance(value, dict) and all(isinstance(key, str) for key in value)
+
+
+def check_threads(threads: int) -> None:
+    """See that the machine has as many cores.
+
+    Raises:
+        ValueError: If it has fewer.
+    """
+    if threads > (cores := os.cpu_count() or 1):
+        raise ValueError(f"--threads {threads}: this machine has {cores} cores, give at most as many")

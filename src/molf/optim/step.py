@@ -75,11 +75,11 @@ class MoLFStep(MoLFUpdate):
         other_grads = [each.part.gradient() for each in other_stacks]
         check, winners = self._route(stacks, known.order(stacks), other_stacks, other_grads)
         known.advance(stacks, other_stacks)
+        self._step_others(other_stacks, other_grads, check)  # a GPU works on it while the host prepares what follows
         # without a W in the state, one is made for each module while it is updated, and not for all at once
         at_once = len(stacks) if self.config.keep_base else 1
         for start in range(0, len(stacks), max(1, at_once)):
             self._update(stacks[start : start + at_once], winners)
-        self._step_others(other_stacks, other_grads, check)
 
     def _route(
         self, stacks: Sequence[Stack], order: Sequence[int], others: Sequence[OtherStack], other_grads: Sequence[Tensor]

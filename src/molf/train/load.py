@@ -171,6 +171,7 @@ def _damaged(name: str, error: Exception) -> ValueError:
 def versions(*more: str) -> dict[str, str]:
     """Versions of Python, of the packages that decide the numbers and of ``more``, and the device."""
     found = {name: importlib.metadata.version(name) for name in (*_PACKAGES, *more)}
+    found["torch"] = str(torch.__version__)  # with its build, which the metadata of PyPI's leave out
     threads = torch.get_num_threads()
     cpu = f"cpu, {threads} thread{'s' if threads > 1 else ''}"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
