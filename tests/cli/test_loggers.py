@@ -1,5 +1,6 @@
 """What ``--report_to wandb`` and ``--report_to trackio`` keep on the disk, where these are installed; no network."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -49,7 +50,7 @@ def wandb_history(folder: Path) -> Iterator[dict[str, float]]:
 
 def trackio_history(folder: Path) -> Iterator[dict[str, float]]:
     (path,) = folder.glob("*.db")
-    with sqlite3.connect(path) as base:
+    with contextlib.closing(sqlite3.connect(path)) as base:
         for (metrics,) in base.execute("select metrics from metrics order by id"):
             yield json.loads(metrics)
 

@@ -1,5 +1,6 @@
 """The synthetic world and the bundled model that knows it."""
 
+import contextlib
 import json
 import random
 import sqlite3
@@ -42,9 +43,9 @@ def test_multiple_choice_and_sql_records_are_right() -> None:
         assert w.multiple_choice_text(record)[1] == f" {'ABCD'[record['cop']]}"
     for _ in range(100):
         record = w.sql_question(world, rng)
-        database = sqlite3.connect(":memory:")
-        database.executescript(record["sql_context"])
-        assert database.execute(record["sql"]).fetchall(), record
+        with contextlib.closing(sqlite3.connect(":memory:")) as database:
+            database.executescript(record["sql_context"])
+            assert database.execute(record["sql"]).fetchall(), record
 
 
 def test_edits_have_paraphrases_and_neighbours_that_are_not_edited() -> None:
