@@ -20,7 +20,8 @@ import torch
 
 from molf.bench.environment import environment
 from molf.optim.adamw import Coefficients, Tracking, track_
-from molf.optim.passes import Passes, adamw_all, track_all
+from molf.optim.jobs import adamw_all, track_all
+from molf.optim.passes import Passes
 
 SHAPES = 8 * (4 * [(512, 512)] + 2 * [(1408, 512)] + [(512, 1408)])
 ROUNDS = 15

@@ -13,8 +13,8 @@ from itertools import chain
 import pytest
 import torch
 
-from molf.optim import passes
 from molf.optim.adamw import Coefficients, Tracking, adamw_, track_, unrouted_
+from molf.optim.jobs import CompileError, Job, Pass, adamw_all, track_all, unrouted_all
 from molf.optim.virtual import Products
 
 kernels = pytest.importorskip("molf.optim.kernels", reason="no Triton")
@@ -41,7 +41,7 @@ def pairs(dtype: torch.dtype = torch.float32) -> tuple[list[list[torch.Tensor]],
     return tuple([tensors(shape, i, dtype) for i, shape in enumerate(SHAPES)] for _ in range(2))
 
 
-def run(compiler: object, function: passes.Pass, jobs: list[passes.Job], shared: object, by_row: bool = False) -> list:
+def run(compiler: object, function: Pass, jobs: list[Job], shared: object, by_row: bool = False) -> list:
     """All of them, or an error: the sums of each job's rows."""
     rows = [job[1].shape[:-1].numel() if by_row else 1 for job in jobs]
     sums = torch.full((sum(rows),), torch.nan)
@@ -57,7 +57,7 @@ def close(found: object, expected: object) -> None:
 def test_moments_and_sums(compiler, score_fn: str, dtype: torch.dtype) -> None:
     shared = Tracking((0.9, 0.999), 1e-8, score_fn, torch.tensor(0.7), torch.tensor(True))
     ours, theirs = pairs(dtype)
-    found = run(compiler, passes.track_all, [tuple(each[:3]) for each in ours], shared, by_row=True)
+    found = run(compiler, track_all, [tuple(each[:3]) for each in ours], shared, by_row=True)
     for i, (each, (grad, m, v, _)) in enumerate(zip(ours, theirs, strict=True)):
         torch.testing.assert_close(found[i], track_(grad, m, v, shared).flatten(), rtol=1e-5, atol=0)
         close(each[:3], [grad, m, v])
@@ -66,7 +66,7 @@ def test_moments_and_sums(compiler, score_fn: str, dtype: torch.dtype) -> None:
 def test_a_closed_gate_leaves_the_moments(compiler) -> None:
     shared = Tracking((0.9, 0.999), 1e-8, "epd", None, torch.tensor(False))
     ours, theirs = pairs()
-    run(compiler, passes.track_all, [tuple(each[:3]) for each in ours], shared)
+    run(compiler, track_all, [tuple(each[:3]) for each in ours], shared)
     for each, before in zip(ours, theirs, strict=True):
         assert all(map(torch.equal, each, before))
 
@@ -76,7 +76,7 @@ def test_values(compiler, store: torch.dtype | None) -> None:
     ours, theirs = pairs()
     stores = [None if store is None else torch.zeros(shape, dtype=store) for shape in SHAPES]
     jobs = [(x[3], x[1], x[2], s, None) for x, s in zip(ours, stores, strict=True)]
-    run(compiler, passes.adamw_all, jobs, COEFFICIENTS)
+    run(compiler, adamw_all, jobs, COEFFICIENTS)
     for each, stored, (_, m, v, value) in zip(ours, stores, theirs, strict=True):
         adamw_(value, m, v, None, None, COEFFICIENTS)
         close(each[1:], [m, v, value])
@@ -89,7 +89,7 @@ def test_rates_and_winners_by_row(compiler) -> None:
     ours, theirs = tensors((4, 1500), 0), tensors((4, 1500), 0)
     c = COEFFICIENTS._replace(decay=torch.rand(4, 1), step_size=torch.rand(4, 1))
     winner = torch.tensor([[True], [False], [False], [True]])
-    run(compiler, passes.adamw_all, [(ours[3], ours[1], ours[2], None, winner)], c, by_row=True)
+    run(compiler, adamw_all, [(ours[3], ours[1], ours[2], None, winner)], c, by_row=True)
     before = theirs[3].clone()
     adamw_(theirs[3], theirs[1], theirs[2], None, winner, c)
     close(ours[3], theirs[3])
@@ -100,7 +100,7 @@ def test_rates_and_winners_by_row(compiler) -> None:
 def test_a_whole_step_of_what_is_not_routed(compiler) -> None:
     numbers = Tracking((0.9, 0.999), 1e-8, "epd", torch.tensor(0.5), torch.tensor(True)), COEFFICIENTS
     ours, theirs = pairs(torch.float16)
-    run(compiler, passes.unrouted_all, [(x[3], x[1], x[2], None, x[0]) for x in ours], numbers)
+    run(compiler, unrouted_all, [(x[3], x[1], x[2], None, x[0]) for x in ours], numbers)
     for each, (grad, m, v, value) in zip(ours, theirs, strict=True):
         unrouted_(value, m, v, None, grad, numbers)
         close(each[1:], [m, v, value])
@@ -166,8 +166,8 @@ def test_sums_that_do_not_compile_leave_the_moments(compiler, monkeypatch) -> No
 
     monkeypatch.setattr(kernels, "_sums", Fails())
     ours, theirs = tensors((2, 50), 0), tensors((2, 50), 0)
-    with pytest.raises(passes.CompileError, match="no space left"):
-        run(compiler, passes.track_all, [tuple(ours[:3])], Tracking((0.9, 0.999), 1e-8, "epd"))
+    with pytest.raises(CompileError, match="no space left"):
+        run(compiler, track_all, [tuple(ours[:3])], Tracking((0.9, 0.999), 1e-8, "epd"))
     assert all(map(torch.equal, ours, theirs))
 
 
@@ -179,7 +179,7 @@ def test_jobs_that_are_alike_share_a_launch(compiler, monkeypatch) -> None:
     for count in (1, 5):
         jobs = [tuple(tensors((3 + i, 32), i)[:3]) for i in range(count)]
         launches.clear()
-        run(compiler, passes.track_all, jobs, Tracking((0.9, 0.999), 1e-8, "epd"))
+        run(compiler, track_all, jobs, Tracking((0.9, 0.999), 1e-8, "epd"))
         assert len(launches) == (3 if count == 1 else 2)  # the first one compiles the sums
 
 

@@ -11,6 +11,7 @@ import torch
 from molf import MoLFAdamW, MoLFConfig, NonFiniteGradientError, create_molf_optimizer
 from molf.optim import native, passes
 from molf.optim.adamw import Coefficients, Tracking, adamw_, track_, unrouted_
+from molf.optim.jobs import CompileError, Job, Pass, adamw_all, track_all, unrouted_all
 from molf.optim.virtual import Products
 
 SHAPES = [(), (0,), (3, 0), (0, 5), (1,), (63,), (64,), (65,), (3, 5), (2, 4096), (3, 4097), (5, 9000), (2, 3, 70)]
@@ -25,7 +26,7 @@ def tensors(shape: tuple[int, ...], seed: int, grad_dtype: torch.dtype = torch.f
     return [grad.to(grad_dtype), m, torch.rand(shape, generator=g), value]
 
 
-def run(function: passes.Pass, jobs: list[passes.Job], shared: object, by_row: bool = False) -> list:
+def run(function: Pass, jobs: list[Job], shared: object, by_row: bool = False) -> list:
     """All of them natively, or an error: the sums of each job's rows."""
     rows = [heights(job) if by_row else 1 for job in jobs]
     sums = torch.full((sum(rows),), torch.nan)
@@ -34,7 +35,7 @@ def run(function: passes.Pass, jobs: list[passes.Job], shared: object, by_row: b
     return list(sums.split(rows))
 
 
-def heights(job: passes.Job) -> int:
+def heights(job: Job) -> int:
     return job[1].shape[:-1].numel()
 
 
@@ -48,7 +49,7 @@ def close(found: torch.Tensor, expected: torch.Tensor, ulps: int = 4) -> None:
 def test_moments_and_sums(score_fn: str, betas: tuple[float, float], grad_dtype: torch.dtype) -> None:
     shared = Tracking(betas, 1e-8, score_fn, torch.tensor(0.7))
     ours, theirs = ([tensors(shape, i, grad_dtype) for i, shape in enumerate(SHAPES)] for _ in range(2))
-    found = run(passes.track_all, [tuple(each[:3]) for each in ours], shared, by_row=True)
+    found = run(track_all, [tuple(each[:3]) for each in ours], shared, by_row=True)
     for each, (grad, m, v, _), sums in zip(ours, theirs, found, strict=True):
         expected = track_(grad, m, v, shared)
         close(each[1], m)
@@ -61,7 +62,7 @@ def test_moments_and_sums(score_fn: str, betas: tuple[float, float], grad_dtype:
 def test_values(store: bool) -> None:
     ours, theirs = ([tensors(shape, i) for i, shape in enumerate(SHAPES)] for _ in range(2))
     stores = [torch.zeros(shape, dtype=torch.bfloat16) if store else None for shape in SHAPES]
-    run(passes.adamw_all, [(x[3], x[1], x[2], s, None) for x, s in zip(ours, stores, strict=True)], COEFFICIENTS)
+    run(adamw_all, [(x[3], x[1], x[2], s, None) for x, s in zip(ours, stores, strict=True)], COEFFICIENTS)
     for each, stored, (_, m, v, value) in zip(ours, stores, theirs, strict=True):
         adamw_(value, m, v, None, None, COEFFICIENTS)
         close(each[3], value)
@@ -75,7 +76,7 @@ def test_rates_and_winners_by_row() -> None:
     ours, theirs = tensors((4, 5000), 0), tensors((4, 5000), 0)
     c = COEFFICIENTS._replace(decay=torch.rand(4, 1), step_size=torch.rand(4, 1))
     winner = torch.tensor([[True], [False], [False], [True]])
-    run(passes.adamw_all, [(ours[3], ours[1], ours[2], None, winner)], c, by_row=True)
+    run(adamw_all, [(ours[3], ours[1], ours[2], None, winner)], c, by_row=True)
     before = theirs[3].clone()
     adamw_(theirs[3], theirs[1], theirs[2], None, winner, c)
     close(ours[3], theirs[3])
@@ -85,7 +86,7 @@ def test_rates_and_winners_by_row() -> None:
 def test_a_whole_step_of_what_is_not_routed() -> None:
     ours, theirs = ([tensors(shape, i, torch.bfloat16) for i, shape in enumerate(SHAPES)] for _ in range(2))
     numbers = Tracking((0.9, 0.999), 1e-8, "epd"), COEFFICIENTS
-    run(passes.unrouted_all, [(x[3], x[1], x[2], None, x[0]) for x in ours], numbers)
+    run(unrouted_all, [(x[3], x[1], x[2], None, x[0]) for x in ours], numbers)
     for each, (grad, m, v, value) in zip(ours, theirs, strict=True):
         unrouted_(value, m, v, None, grad, numbers)
         for found, expected in zip(each[1:], (m, v, value), strict=True):
@@ -96,7 +97,7 @@ def test_what_is_not_finite_is_stored_as_torch_rounds_it() -> None:
     value = torch.tensor([float("inf"), -float("inf"), float("nan"), 3.39e38, -0.0, 1e-40, 1 + 2**-8, 1 + 3 * 2**-8])
     stored, zeros = torch.zeros(8, dtype=torch.bfloat16), torch.zeros(8)
     c = COEFFICIENTS._replace(decay=torch.tensor(1.0), step_size=torch.tensor(-0.0))
-    run(passes.adamw_all, [(value, zeros, zeros, stored, None)], c)
+    run(adamw_all, [(value, zeros, zeros, stored, None)], c)
     torch.testing.assert_close(stored, value.to(torch.bfloat16), rtol=0, atol=0, equal_nan=True)
 
 
@@ -106,7 +107,7 @@ def test_sums_do_not_depend_on_the_number_of_threads() -> None:
     for number in (1, 2, 3):
         torch.set_num_threads(number)
         jobs = [tuple(tensors((40, 700), 1)[:3]), tuple(tensors((30_000,), 2)[:3])]
-        found.append([*run(passes.track_all, jobs, Tracking((0.9, 0.999), 1e-8, "epd"), by_row=True), *jobs[0][1:3]])
+        found.append([*run(track_all, jobs, Tracking((0.9, 0.999), 1e-8, "epd"), by_row=True), *jobs[0][1:3]])
     torch.set_num_threads(threads)
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
@@ -152,7 +153,7 @@ def test_autograd_sees_what_was_written() -> None:
     """A graph that still needs a weight is refused, as after any other optimizer's step."""
     weight = torch.ones(3, requires_grad=True)
     loss = weight.square().sum()
-    run(passes.adamw_all, [(weight.detach(), torch.ones(3), torch.ones(3), None, None)], COEFFICIENTS)
+    run(adamw_all, [(weight.detach(), torch.ones(3), torch.ones(3), None, None)], COEFFICIENTS)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
@@ -170,11 +171,11 @@ def test_other_tensors_are_left_to_torch(change) -> None:
     shared = Tracking((0.9, 0.999), 1e-8, "epd")
     job = tuple(tensors((6, 9), 0)[:3])
     sums = torch.zeros(6)
-    assert not list(native.Native().run(passes.track_all, [job], shared._replace(gate=torch.tensor(True)), [6], sums))
+    assert not list(native.Native().run(track_all, [job], shared._replace(gate=torch.tensor(True)), [6], sums))
     ours, theirs = change(job), change(tuple(tensors((6, 9), 0)[:3]))
-    assert not list(native.Native().run(passes.track_all, [ours], shared, [heights(ours)], sums))
+    assert not list(native.Native().run(track_all, [ours], shared, [heights(ours)], sums))
     assert not sums.any()
-    found = passes.Passes(True, 0, torch.device("cpu")).run(passes.track_all, [ours], shared, [heights(ours)])
+    found = passes.Passes(True, 0, torch.device("cpu")).run(track_all, [ours], shared, [heights(ours)])
     assert torch.equal(found, track_(*theirs, shared))
 
 
@@ -185,7 +186,7 @@ def test_one_job_that_is_left_to_torch_leaves_the_others_compiled() -> None:
     ours[0], theirs[0] = (tuple(t.double() for t in jobs[0]) for jobs in (ours, theirs))
     left = [t.clone() for t in ours[0]]
     sums = torch.zeros(9)
-    assert [list(done) for done in native.Native().run(passes.track_all, ours, shared, [3] * 3, sums)] == [[1, 2]]
+    assert [list(done) for done in native.Native().run(track_all, ours, shared, [3] * 3, sums)] == [[1, 2]]
     assert all(map(torch.equal, ours[0], left))
     assert not sums[:3].any()
     for i in (1, 2):
@@ -211,11 +212,11 @@ def test_without_a_working_compiler_auto_warns_and_true_is_an_error(monkeypatch,
     job = tuple(tensors((6, 9), 0)[:3])
     automatic = passes.Passes("auto", 2**30, torch.device("cpu"))
     with pytest.warns(UserWarning, match=f"run uncompiled, which is slower: .*{reason}"):
-        found = automatic.run(passes.track_all, [job], shared, [6])
+        found = automatic.run(track_all, [job], shared, [6])
     assert torch.equal(found, track_(*tensors((6, 9), 0)[:3], shared))
     assert not automatic.compiles
     with pytest.raises(RuntimeError, match=rf"compile=True, but compiling failed .*{reason}.*use compile=False"):
-        passes.Passes(True, 0, torch.device("cpu")).run(passes.track_all, [job], shared)
+        passes.Passes(True, 0, torch.device("cpu")).run(track_all, [job], shared)
     native._library.cache_clear()
 
 
@@ -227,14 +228,14 @@ def test_without_a_temporary_folder_auto_warns(monkeypatch) -> None:
     native._library.cache_clear()
     automatic = passes.Passes("auto", 2**30, torch.device("cpu"))
     with pytest.warns(UserWarning, match="No usable temporary directory"):
-        automatic.run(passes.track_all, [tuple(tensors((6, 9), 0)[:3])], Tracking((0.9, 0.999), 1e-8, "epd"))
+        automatic.run(track_all, [tuple(tensors((6, 9), 0)[:3])], Tracking((0.9, 0.999), 1e-8, "epd"))
 
 
 @pytest.mark.parametrize("by_row", [False, True])
 @pytest.mark.parametrize("shape", [(3, 0), (0, 5), (0,)])
 def test_sums_of_nothing_are_zero(shape: tuple[int, ...], by_row: bool) -> None:
     """A process may hold no row of a sharded weight."""
-    (found,) = run(passes.track_all, [tuple(tensors(shape, 0)[:3])], Tracking((0.9, 0.999), 1e-8, "epd"), by_row)
+    (found,) = run(track_all, [tuple(tensors(shape, 0)[:3])], Tracking((0.9, 0.999), 1e-8, "epd"), by_row)
     assert found.sum() == 0
 
 
@@ -244,7 +245,7 @@ def test_a_subclass_whose_data_is_elsewhere_is_left_to_torch() -> None:
 
     job = tuple(t.as_subclass(Elsewhere) for t in tensors((6, 9), 0)[:3])
     shared = Tracking((0.9, 0.999), 1e-8, "epd")
-    assert not list(native.Native().run(passes.track_all, [tuple(job)], shared, [1], torch.zeros(1)))
+    assert not list(native.Native().run(track_all, [tuple(job)], shared, [1], torch.zeros(1)))
 
 
 def test_nothing_of_it_is_left_on_disk(monkeypatch, tmp_path) -> None:
@@ -304,7 +305,7 @@ def test_a_state_is_not_half_loaded_where_compiling_fails(monkeypatch) -> None:
         return create_molf_optimizer(model, MoLFConfig(expert_ranks=(2,), compile=True, policy="fixed-lora"))
 
     def fails() -> None:
-        raise passes.CompileError("broken")
+        raise CompileError("broken")
 
     model, other = (torch.nn.Sequential(torch.nn.Linear(6, 6)) for _ in range(2))
     optimizer, loading = optimizer_of(model), optimizer_of(other)
@@ -313,7 +314,7 @@ def test_a_state_is_not_half_loaded_where_compiling_fails(monkeypatch) -> None:
     optimizer.step()
     before = copy.deepcopy((other.state_dict(), loading.state_dict()["state"]))
     monkeypatch.setattr(native, "_library", fails)
-    with pytest.raises(passes.CompileError, match="compile=True, but compiling failed"):
+    with pytest.raises(CompileError, match="compile=True, but compiling failed"):
         loading.load_state_dict(optimizer.state_dict())
     torch.testing.assert_close((other.state_dict(), loading.state_dict()["state"]), before, rtol=0, atol=0)
 
@@ -334,7 +335,7 @@ def test_squares_do_not_depend_on_the_default_dtype(dtype: torch.dtype) -> None:
 def test_sums_that_compiled_code_cannot_write_are_left_to_torch(dtypes: tuple[torch.dtype, ...]) -> None:
     shared = Tracking((0.9, 0.999), 1e-8, "epd")
     ours, theirs = ([tuple(t.to(dtype) for t in tensors((3, 5), 0)[:3]) for dtype in dtypes] for _ in range(2))
-    found = passes.Passes(True, 0, torch.device("cpu")).run(passes.track_all, ours, shared, [3, 3])
+    found = passes.Passes(True, 0, torch.device("cpu")).run(track_all, ours, shared, [3, 3])
     expected = torch.cat([track_(*job, shared).to(found.dtype) for job in theirs])
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
 

@@ -18,6 +18,7 @@ from molf import MoLFConfig, create_molf_optimizer
 from molf.optim import passes
 from molf.optim import routing as routing_module
 from molf.optim.adamw import Coefficients, Tracking, adamw_, track_
+from molf.optim.jobs import CompileError, adamw_all, track_all
 
 RATES = {"lr": 2e-4, "lora_lr": 2e-3}
 
@@ -35,7 +36,7 @@ def test_blocks_give_the_bits_of_whole_tensors(monkeypatch) -> None:
     whole, blocks = jobs(shapes), jobs(shapes)
     expected = [track_(*job, shared) for job in whole]
     rows = [each[0].shape[:-1].numel() for each in blocks]
-    found = passes.Passes(False, 0, torch.device("cpu")).run(passes.track_all, blocks, shared, rows).split(rows)
+    found = passes.Passes(False, 0, torch.device("cpu")).run(track_all, blocks, shared, rows).split(rows)
     for a, b in zip(whole, blocks, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a[:3], b[:3], strict=True))
     for a, b in zip(expected, found, strict=True):
@@ -156,13 +157,13 @@ def test_where_triton_fails_auto_warns_and_true_is_an_error(monkeypatch, kernels
     ours, theirs = jobs(shapes), jobs(shapes)
     automatic = passes.Passes("auto", 2**40, torch.device("cuda"))
     with pytest.warns(UserWarning, match="run uncompiled, which is slower: Triton: no such$"):
-        found = automatic.run(passes.track_all, ours, shared)
+        found = automatic.run(track_all, ours, shared)
     assert not automatic.compiles
     for sums, own, (grad, m, v) in zip(found, ours, theirs, strict=True):
         torch.testing.assert_close(sums, track_(grad, m, v, shared), rtol=1e-6, atol=0)
         torch.testing.assert_close(own, (grad, m, v), rtol=1e-6, atol=1e-8)
-    with pytest.raises(passes.CompileError, match=r"compile=True, but compiling failed .*use compile=False"):
-        passes.Passes(True, 0, torch.device("cuda")).run(passes.track_all, ours, shared)
+    with pytest.raises(CompileError, match=r"compile=True, but compiling failed .*use compile=False"):
+        passes.Passes(True, 0, torch.device("cuda")).run(track_all, ours, shared)
 
 
 def test_without_triton_auto_warns_and_true_is_an_error(monkeypatch) -> None:
@@ -170,14 +171,14 @@ def test_without_triton_auto_warns_and_true_is_an_error(monkeypatch) -> None:
     shared = Tracking((0.9, 0.999), 1e-8, "epd")
     automatic = passes.Passes("auto", 2**40, torch.device("cuda"))
     with pytest.warns(UserWarning, match="run uncompiled, which is slower: Triton: "):
-        assert automatic.run(passes.track_all, jobs([(4,)]), shared)[0] > 0
-    with pytest.raises(passes.CompileError, match=r"compile=True, but compiling failed \(Triton: .*use compile=False"):
-        passes.Passes(True, 0, torch.device("cuda")).run(passes.track_all, jobs([(4,)]), shared)
+        assert automatic.run(track_all, jobs([(4,)]), shared)[0] > 0
+    with pytest.raises(CompileError, match=r"compile=True, but compiling failed \(Triton: .*use compile=False"):
+        passes.Passes(True, 0, torch.device("cuda")).run(track_all, jobs([(4,)]), shared)
 
 
 @pytest.mark.parametrize(
     ("error", "becomes"),
-    [(RuntimeError("no C compiler"), passes.CompileError), (torch.OutOfMemoryError("full"), torch.OutOfMemoryError)],
+    [(RuntimeError("no C compiler"), CompileError), (torch.OutOfMemoryError("full"), torch.OutOfMemoryError)],
 )
 def test_what_keeps_triton_from_compiling(kernels, error: Exception, becomes: type[Exception]) -> None:
     """A machine without a C compiler runs uncompiled; one without memory does not."""
@@ -197,11 +198,11 @@ def test_rows_that_a_process_holds(compile: bool, ranks: int) -> None:
     run = passes.Passes(compile, 0, torch.device("cpu")).run
     ours, theirs = jobs([(ranks, 70), (2, 70)]), jobs([(ranks, 70), (2, 70)])
     shared = Tracking((0.9, 0.999), 1e-8, "epd")
-    found = run(passes.track_all, ours, shared, [ranks, 2])
+    found = run(track_all, ours, shared, [ranks, 2])
     torch.testing.assert_close(found, torch.cat([track_(*job, shared) for job in theirs]), rtol=1e-5, atol=0)
     numbers = torch.tensor([0.5, 2.0])
     c = Coefficients(torch.rand(ranks, 1), -torch.rand(ranks, 1), *numbers.unbind(), 1e-8)
     winner = torch.tensor([[True], [False], [True]])[:ranks]
-    run(passes.adamw_all, [(ours[0][0], ours[0][1], ours[0][2], None, winner)], c, [ranks])
+    run(adamw_all, [(ours[0][0], ours[0][1], ours[0][2], None, winner)], c, [ranks])
     adamw_(theirs[0][0], theirs[0][1], theirs[0][2], None, winner, c)
     torch.testing.assert_close(ours[0], theirs[0], rtol=1e-6, atol=1e-7)

@@ -3,8 +3,8 @@
 from .config import MoLFConfig
 from .factory import MoLFOptimizerFactory, create_molf_optimizer, molf_lora_config
 from .guards import NonFiniteError, NonFiniteGradientError, ResumeError
+from .jobs import CompileError
 from .molf_adamw import MoLFAdamW
-from .passes import CompileError
 from .routing import Routing, RoutingRecorder, read_routing
 from .sharding import ProcessesDifferError
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .adamw import Tracking
-from .passes import Job, Pass, track_all, unrouted_all
+from .jobs import Job, Pass, track_all, unrouted_all
 from .sharding import PLAIN
 from .virtual import Products
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from .compiled import EPD, PFN, UPDATE, Column, Compiled, Numbers, Table, addresses, packed, spaced
-from .passes import CompileError
+from .jobs import CompileError
 from .virtual import Products
 
 PIECE = 8192

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .compiled import SQUARES, Compiled, Numbers, Table, addresses, first_addresses, packed, spaced
-from .passes import CompileError
+from .jobs import CompileError
 from .virtual import Products
 
 _FLAGS = "-O3 -march=native -std=c++17 -fno-math-errno -fno-trapping-math -ffp-contract=off -fopenmp -shared -fPIC"

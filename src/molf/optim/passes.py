@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adamw import Coefficients, adamw_, track_, unrouted_
+from .adamw import Coefficients
+from .jobs import WRITES, CompileError, Job, Pass, track_all
 from .quantized import is_quantized
 
 BLOCK = 2**16
@@ -27,38 +28,6 @@ DEVICE_BLOCK = 2**24
 
 WORTH_COMPILING = {"cpu": 2**20, "cuda": 2**22}
 """``compile="auto"`` compiles from this many trained elements on; with fewer, compiling takes longer than it saves."""
-
-Job = tuple[Any, ...]
-"""Tensors of one shape, as a pass takes them; those that are optional may be None."""
-
-
-def track_all(jobs: Sequence[Any], shared: Any) -> list[Tensor]:
-    """``track_`` of every job (grad, m, v)."""
-    return [track_(*(*job, shared)) for job in jobs]
-
-
-def adamw_all(jobs: Sequence[Any], shared: Any) -> list[None]:
-    """``adamw_`` of every job (value, m, v, store, winner)."""
-    for job in jobs:
-        adamw_(*(*job, shared))
-    return [None] * len(jobs)
-
-
-def unrouted_all(jobs: Sequence[Any], shared: Any) -> list[None]:
-    """``unrouted_`` of every job (value, m, v, store, grad)."""
-    for job in jobs:
-        unrouted_(*(*job, shared))
-    return [None] * len(jobs)
-
-
-Pass = Callable[[Sequence[Any], Any], list[Any]]
-
-_WRITES: dict[Pass, tuple[int, ...]] = {track_all: (1, 2), adamw_all: (0, 3), unrouted_all: (0, 1, 2, 3)}
-"""Which tensors of a job a pass writes to."""
-
-
-class CompileError(RuntimeError):
-    """``compile=True``, and there is no working compiler."""
 
 
 class Passes:
@@ -245,7 +214,7 @@ def _stacked(function: Pass, jobs: Sequence[Job], shared: Any) -> list[Any]:
     columns = list(zip(*jobs, strict=True))
     stacks = [None if column[0] is None else torch.stack(column) for column in columns]
     result = function([tuple(stacks)], shared)[0]
-    for index in _WRITES[function]:
+    for index in WRITES[function]:
         stack = stacks[index]
         if stack is not None:
             torch._foreach_copy_(list(columns[index]), list(stack.unbind()))

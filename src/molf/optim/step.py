@@ -18,9 +18,9 @@ from . import virtual
 from .adamw import Tracking
 from .config import MoLFConfig
 from .guards import GradientCheck, check_gradients, check_unchanged, look_at, refuse_sparse
+from .jobs import track_all
 from .layout import RoutedModule, Slot
 from .parts import Part
-from .passes import track_all
 from .policy import priorities
 from .quantized import is_quantized
 from .routing import Decision, decide

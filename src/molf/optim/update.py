@@ -15,9 +15,9 @@ from torch import Tensor
 from .adamw import Coefficients, Tracking, step_numbers
 from .config import MoLFConfig
 from .guards import GradientCheck
+from .jobs import adamw_all, unrouted_all
 from .layout import RoutedModule
 from .parts import Part
-from .passes import adamw_all, unrouted_all
 from .scalars import numbers
 from .sharding import first_row, locals_of
 from .stacks import OtherStack, Stack

@@ -1,0 +1,42 @@
+"""What a pass runs over: the elementwise functions of ``adamw.py``, and jobs, the tensors that they take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .adamw import adamw_, track_, unrouted_
+
+Job = tuple[Any, ...]
+"""Tensors of one shape, as a pass takes them; those that are optional may be None."""
+
+
+def track_all(jobs: Sequence[Any], shared: Any) -> list[Tensor]:
+    """``track_`` of every job (grad, m, v)."""
+    return [track_(*(*job, shared)) for job in jobs]
+
+
+def adamw_all(jobs: Sequence[Any], shared: Any) -> list[None]:
+    """``adamw_`` of every job (value, m, v, store, winner)."""
+    for job in jobs:
+        adamw_(*(*job, shared))
+    return [None] * len(jobs)
+
+
+def unrouted_all(jobs: Sequence[Any], shared: Any) -> list[None]:
+    """``unrouted_`` of every job (value, m, v, store, grad)."""
+    for job in jobs:
+        unrouted_(*(*job, shared))
+    return [None] * len(jobs)
+
+
+Pass = Callable[[Sequence[Any], Any], list[Any]]
+
+WRITES: dict[Pass, tuple[int, ...]] = {track_all: (1, 2), adamw_all: (0, 3), unrouted_all: (0, 1, 2, 3)}
+"""Which tensors of a job a pass writes to."""
+
+
+class CompileError(RuntimeError):
+    """``compile=True``, and there is no working compiler."""
