@@ -54,6 +54,7 @@ def _enter(
     torch.set_num_threads(1)
     torch.manual_seed(0)
     dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
+    dist.barrier()  # one that is done at once would end while another still connects to it
     try:
         torch.save(function(*args, **kwargs), result)
     except BaseException:
