@@ -70,10 +70,10 @@ class Kernels(Compiled):
             pieces = [0, *accumulate(height * -(-width // PIECE) for height, width in zip(rows, widths, strict=True))]
             lines = [0, *accumulate(rows)]
             jobs = _to_device([*columns, pieces[:-1], lines[:-1]], len(chosen), like)
-            terms = like.new_empty(pieces[-1]) if kind < UPDATE else None
+            terms = like.new_zeros(pieces[-1]) if kind < UPDATE else None  # a closed gate writes none
             if terms is not None and lines[-1] and not self._sums_compiled:  # before the pass has run: it may fail
                 with _compiling(like):
-                    _sums[(lines[-1],)](jobs, len(chosen), terms.zero_(), PIECE, BLOCK, **_OPTIONS)
+                    _sums[(lines[-1],)](jobs, len(chosen), terms, PIECE, BLOCK, **_OPTIONS)
                 self._sums_compiled = True
             if pieces[-1]:
                 with _compiling(like):
