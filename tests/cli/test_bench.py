@@ -208,6 +208,16 @@ def test_order_of_rounds(tmp_path, turns: int, order: str) -> None:
     assert "molf" in results.table()
 
 
+def test_nothing_is_compared_with_what_measured_nothing(tmp_path: Path) -> None:
+    """Under memory pressure a tiny model's peak may be 0 MiB beyond what the process had."""
+    results = Results(tmp_path / "out.json", "memory", {}, ["fft", "molf"], ["fft"])
+    results.add_round("fft", {"total": 0.0})
+    results.add_round("molf", {"total": 0.5})
+    assert results.entry("molf")["ratios"] == {}
+    assert results.table().splitlines()[-1].split()[-1] == "-"
+    assert json.loads((tmp_path / "out.json").read_text())["contenders"]["molf"]["rounds"] == {"total": [0.5]}
+
+
 @pytest.mark.usefixtures("_no_collection")
 def test_compilations_are_counted_apart(tmp_path, monkeypatch) -> None:
     """Those of the warm-up with the contender that they were made for; those that spoil a round for all."""
