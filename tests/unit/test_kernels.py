@@ -21,7 +21,7 @@ kernels = pytest.importorskip("molf.optim.kernels", reason="no Triton")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a device")
 
 SHAPES = [(3, 5), (2, 4096), (1,), (0, 5), (3, 16), (2, 9000), (2, 3, 70), (8192 + 16,)]
-COEFFICIENTS = Coefficients(*map(torch.tensor, (0.999, -1e-2, 0.5, 2.0)), 1e-8)
+COEFFICIENTS = Coefficients(0.999, -1e-2, 0.5, 2.0, 1e-8)
 
 
 @pytest.fixture
@@ -100,6 +100,22 @@ def test_rates_and_winners_by_row(compiler) -> None:
     close(ours[3], theirs[3])
     assert torch.equal(ours[3][1:3], before[1:3])
     assert not torch.equal(ours[3][0], before[0])
+
+
+def test_jobs_with_rates_of_their_own_and_one_that_is_left_out(compiler) -> None:
+    ours, theirs = ([tensors((4, 700), seed) for seed in range(4)] for _ in range(2))
+    own, by_row = (COEFFICIENTS._replace(decay=d, step_size=s) for d, s in ((0.9, -0.1), torch.rand(2, 4, 1)))
+    rates, jobs = [COEFFICIENTS, own, by_row, own], [(x[3], x[1], x[2], None, None) for x in ours]
+    assert sorted(chain.from_iterable(compiler.run(adamw_all, jobs, rates, [1, 1, 4, 0], torch.zeros(0)))) == [
+        0,
+        1,
+        2,
+        3,
+    ]
+    for (_, m, v, value), c in zip(theirs[:3], rates, strict=False):
+        adamw_(value, m, v, None, None, c)
+    for each, (*_, value) in zip(ours, theirs, strict=True):
+        close(each[3], value)
 
 
 def test_a_whole_step_of_what_is_not_routed(compiler) -> None:

@@ -11,11 +11,11 @@ import torch
 from molf import MoLFAdamW, MoLFConfig, NonFiniteGradientError, create_molf_optimizer
 from molf.optim import native, passes
 from molf.optim.adamw import Coefficients, Tracking, adamw_, track_, unrouted_
-from molf.optim.jobs import CompileError, Job, Pass, adamw_all, track_all, unrouted_all
+from molf.optim.jobs import CompileError, Held, Job, Jobs, Pass, adamw_all, track_all, unrouted_all
 from molf.optim.virtual import Products
 
 SHAPES = [(), (0,), (3, 0), (0, 5), (1,), (63,), (64,), (65,), (3, 5), (2, 4096), (3, 4097), (5, 9000), (2, 3, 70)]
-COEFFICIENTS = Coefficients(*map(torch.tensor, (0.999, -1e-2, 0.5, 2.0)), 1e-8)
+COEFFICIENTS = Coefficients(0.999, -1e-2, 0.5, 2.0, 1e-8)
 ULP = 2**-24
 
 
@@ -83,6 +83,34 @@ def test_rates_and_winners_by_row() -> None:
     assert torch.equal(ours[3][1:3], before[1:3])
 
 
+@pytest.mark.parametrize("compile", [False, True])
+def test_jobs_with_rates_of_their_own_and_one_that_is_left_out(compile: bool) -> None:
+    """In one call: two of a rate, one of another, one with a rate per row, and one without rows."""
+    ours, theirs = ([tensors((4, 700), seed) for seed in range(5)] for _ in range(2))
+    own, by_row = (COEFFICIENTS._replace(decay=d, step_size=s) for d, s in ((0.9, -0.1), torch.rand(2, 4, 1)))
+    rates = [COEFFICIENTS, own, by_row, COEFFICIENTS, own]
+    jobs = [(x[3], x[1], x[2], None, None) for x in ours]
+    versions = [x[3]._version for x in ours]
+    passes.Passes(compile, 0, torch.device("cpu")).run(adamw_all, jobs, rates, [1, 1, 4, 1, 0])
+    for i, (each, (_, m, v, value), c) in enumerate(zip(ours, theirs, rates, strict=True)):
+        if i < 4:
+            adamw_(value, m, v, None, None, c)
+        close(each[3], value)
+        assert (each[3]._version > versions[i]) == (i < 4)
+    assert torch.equal(ours[4][3], tensors((4, 700), 4)[3])
+
+
+def test_a_column_is_looked_at_again_where_its_data_is_another() -> None:
+    """Tensors that are held are looked at once, as long as they are where they were."""
+    jobs = [tensors((6, 9), seed)[:3] for seed in range(2)]
+    held = Jobs([job[0] for job in jobs], Held(job[1] for job in jobs), Held(job[2] for job in jobs))
+    shared, sums = Tracking((0.9, 0.999), 1e-8, "epd"), torch.zeros(2)
+    for dtype, expected in ((None, [0, 1]), (None, [0, 1]), (torch.float64, [1]), (torch.float32, [0, 1])):
+        if dtype is not None:
+            jobs[0][1].data = torch.zeros(6, 9, dtype=dtype)
+        assert list(chain.from_iterable(native.Native().run(track_all, held, shared, [1, 1], sums))) == expected
+
+
 def test_a_whole_step_of_what_is_not_routed() -> None:
     ours, theirs = ([tensors(shape, i, torch.bfloat16) for i, shape in enumerate(SHAPES)] for _ in range(2))
     numbers = Tracking((0.9, 0.999), 1e-8, "epd"), COEFFICIENTS
@@ -96,7 +124,7 @@ def test_a_whole_step_of_what_is_not_routed() -> None:
 def test_what_is_not_finite_is_stored_as_torch_rounds_it() -> None:
     value = torch.tensor([float("inf"), -float("inf"), float("nan"), 3.39e38, -0.0, 1e-40, 1 + 2**-8, 1 + 3 * 2**-8])
     stored, zeros = torch.zeros(8, dtype=torch.bfloat16), torch.zeros(8)
-    c = COEFFICIENTS._replace(decay=torch.tensor(1.0), step_size=torch.tensor(-0.0))
+    c = COEFFICIENTS._replace(decay=1.0, step_size=-0.0)
     run(adamw_all, [(value, zeros, zeros, stored, None)], c)
     torch.testing.assert_close(stored, value.to(torch.bfloat16), rtol=0, atol=0, equal_nan=True)
 

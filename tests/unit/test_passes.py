@@ -200,8 +200,7 @@ def test_rows_that_a_process_holds(compile: bool, ranks: int) -> None:
     shared = Tracking((0.9, 0.999), 1e-8, "epd")
     found = run(track_all, ours, shared, [ranks, 2])
     torch.testing.assert_close(found, torch.cat([track_(*job, shared) for job in theirs]), rtol=1e-5, atol=0)
-    numbers = torch.tensor([0.5, 2.0])
-    c = Coefficients(torch.rand(ranks, 1), -torch.rand(ranks, 1), *numbers.unbind(), 1e-8)
+    c = Coefficients(torch.rand(ranks, 1), -torch.rand(ranks, 1), 0.5, 2.0, 1e-8)
     winner = torch.tensor([[True], [False], [True]])[:ranks]
     run(adamw_all, [(ours[0][0], ours[0][1], ours[0][2], None, winner)], c, [ranks])
     adamw_(theirs[0][0], theirs[0][1], theirs[0][2], None, winner, c)

@@ -91,7 +91,7 @@ def test_only_the_stack_of_a_module_that_sat_out_is_taken_apart():
         for i, layer in enumerate(layers):
             if i != left_out:
                 layer(torch.randn(5, 6)).square().mean().backward()
-        found, _ = optimizer.stacks().of([m for i, m in enumerate(optimizer.modules) if i != left_out], [])
+        found = optimizer.stacks().of([m for i, m in enumerate(optimizer.modules) if i != left_out], []).stacks
         assert [[module.name for module in stack.modules] for stack in found] == [
             *([["0"]] if left_out == 1 else [["0"], ["1"]]),
             ["2", "3"],
@@ -99,6 +99,52 @@ def test_only_the_stack_of_a_module_that_sat_out_is_taken_apart():
         optimizer.step()
         optimizer.zero_grad()
     assert optimizer.routed_modules == list(optimizer.routing) == ["0", "1", "2", "3"]
+
+
+def test_what_is_known_of_the_same_modules_is_kept():
+    """And not that of others, or of the same where they have made other steps."""
+    layers = [nn.Linear(6, 6), nn.Linear(6, 6)]
+    optimizer = create_molf_optimizer(nn.ModuleList(layers), MoLFConfig(expert_ranks=(2,)))
+    known, both = optimizer.stacks(), optimizer.modules
+    first = known.of(both, [])
+    known.advance(first)
+    assert known.of(both, []) is first
+    assert [stack.count for stack in first.stacks] == [2.0]
+    alone = known.of(both[:1], [])
+    known.advance(alone)
+    assert alone is not first
+    apart = known.of(both, [])
+    assert [(len(stack), stack.count) for stack in apart.stacks] == [(1, 3.0), (1, 2.0)]
+    known.advance(known.of(both[1:], []))
+    assert known.of(both, []) is first
+    assert [stack.count for stack in first.stacks] == [3.0]
+
+
+@pytest.mark.parametrize("compile", [True, False])
+def test_groups_with_betas_of_their_own_are_stepped_with_these(compile):
+    """Also where they were all alike before, and are so again afterwards."""
+    model = _model(MOLF)
+    optimizer = create_molf_optimizer(model, replace(MOLF, compile=compile))
+    s = torch.tensor([MOLF.scales[0]] * 2 + [MOLF.scales[1]] * 3)
+    for step in range(3):
+        for i, group in enumerate(optimizer.param_groups):
+            group["betas"] = (0.5 + i / 20, 0.9 - i / 20) if step == 1 else (0.9, 0.99)
+        before = copy.deepcopy([optimizer.state[p] for group in optimizer.param_groups for p in group["params"]])
+        ids = torch.arange(3, 27).view(2, 12)
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        lora = next(group for group in optimizer.param_groups if group["expert"].startswith("lora"))
+        held = iter(before)
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                old, new = next(held), optimizer.state[parameter]
+                for name, beta, g in (("exp_avg", 0, parameter.grad), ("exp_avg_sq", 1, parameter.grad.square())):
+                    expected = old[name].lerp(g, 1 - group["betas"][beta])
+                    torch.testing.assert_close(new[name], expected, rtol=1e-5, atol=1e-9)
+                if "lora_B" in old:
+                    expected = old["lora_B_exp_avg"].lerp(parameter.grad @ old["lora_A"].T * s, 1 - lora["betas"][0])
+                    torch.testing.assert_close(new["lora_B_exp_avg"], expected, rtol=1e-4, atol=1e-6)
+        optimizer.zero_grad()
 
 
 @pytest.mark.parametrize("config", [MOLF, EFFICIENT], ids=["molf", "molf-e"])

@@ -19,21 +19,26 @@ from .quantized import as_float
 
 
 class Coefficients(NamedTuple):
-    """The numbers of an AdamW step, broadcastable to the tensor that they update.
+    """The numbers of an AdamW step.
 
     Attributes:
-        decay: 1 - ηλ.
-        step_size: -η / (1-β1ⁿ).
-        root_correction: √(1-β2ⁿ), 0-dimensional.
+        decay: 1 - ηλ; one per row of what is updated, (rows, 1), where rows have rates of their own.
+        step_size: -η / (1-β1ⁿ), likewise.
+        root_correction: √(1-β2ⁿ).
         inverse_root: Its inverse: compiled, a product takes the place of a division.
         eps: ε.
     """
 
-    decay: Tensor
-    step_size: Tensor
-    root_correction: Tensor
-    inverse_root: Tensor
+    decay: float | Tensor
+    step_size: float | Tensor
+    root_correction: float
+    inverse_root: float
     eps: float
+
+    @property
+    def by_row(self) -> bool:
+        """Whether there is a decay and a step size per row."""
+        return isinstance(self.decay, Tensor)
 
 
 class Tracking(NamedTuple):
@@ -131,7 +136,7 @@ def adamw_(
         exp_avg_sq: v.
         store: Takes the result, rounded to its dtype, if there is one.
         winner: Bool, broadcastable to θ; where it is false θ keeps its bits. None: all win.
-        c: The coefficients, broadcastable to θ.
+        c: The coefficients.
     """
     m, v = as_float(exp_avg), as_float(exp_avg_sq)
     denominator = (v.sqrt() / c.root_correction).add_(c.eps)

@@ -6,6 +6,7 @@ gradient, a store and a weight P may be in 16 bits. Anything else is left to ``p
 
 from __future__ import annotations
 
+import struct
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,8 +17,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from .adamw import Tracking
-from .jobs import Job, Pass, track_all, unrouted_all
+from .adamw import Coefficients, Tracking
+from .jobs import Held, Job, Jobs, Pass, track_all, unrouted_all
 from .sharding import PLAIN
 from .virtual import Products
 
@@ -42,6 +43,7 @@ class Table(NamedTuple):
         columns: Elements of a row.
         grads: Dtypes of the gradients.
         stores: Dtypes of the stores.
+        rates: 1 - ηλ and -η / (1-β1ⁿ), the bits of double numbers; where they are one per row, their addresses.
     """
 
     addresses: Sequence[Column]
@@ -49,28 +51,19 @@ class Table(NamedTuple):
     columns: Sequence[int]
     grads: Column
     stores: Column
+    rates: Sequence[Column]
 
 
 class Numbers(NamedTuple):
-    """What all jobs of a pass have in common: 1-β1, β2, 1-β2, ε, and on the device the rest.
-
-    That is 0-dimensional but for 1 - ηλ and -η / (1-β1ⁿ), which may be one per row.
-    """
+    """What all jobs of a pass have in common: 1-β1, β2, 1-β2, ε, 1 / √(1-β2ⁿ), and on the device the rest."""
 
     lerp: float = 0.0
     beta2: float = 0.0
     square: float = 0.0
     eps: float = 0.0
+    inverse_root: float = 1.0
     clip: Tensor | None = None
     gate: Tensor | None = None
-    inverse_root: Tensor | None = None
-    decay: Tensor | None = None
-    step_size: Tensor | None = None
-
-    @property
-    def by_row(self) -> bool:
-        """Whether there is one per row."""
-        return self.decay is not None and self.decay.dim() > 0
 
 
 class Compiled(ABC):
@@ -97,27 +90,30 @@ class Compiled(ABC):
         Args:
             function: The pass.
             jobs: The tensors.
-            shared: What all jobs have in common.
-            rows: How many rows each job has.
+            shared: The numbers, those of each job in a list. They may differ in nothing but decay and step size.
+            rows: How many rows each job has; of one without any nothing is done.
             sums: Takes the sums over all rows.
         """
         columns = _columns(function, jobs)
-        taken = self._taken(columns, len(jobs)) if self._are_plain([sums]) or function is not track_all else ()
+        places = list(map(addresses, columns))
+        writes = sums.dtype == torch.float32 or function is not track_all
+        taken = self._taken(columns, places, len(jobs)) if writes else ()
         if not taken:
             return
-        starts = first_addresses(sums, rows) if function is track_all else None
+        places.append(first_addresses(sums, rows) if function is track_all else None)
+        kind, numbers, rates = _numbers(function, shared, len(jobs))
         if len(taken) < len(jobs):
-            columns, rows = [column and [column[i] for i in taken] for column in columns], [rows[i] for i in taken]
-            starts = starts and [starts[i] for i in taken]
-        kind, numbers = _numbers(function, shared)
-        moments, places = columns[1] or (), [*map(addresses, columns), starts]
-        widths = [t.numel() // max(1, count) for t, count in zip(moments, rows, strict=True)]
-        grads, _, _, values, stores, _ = columns
+            parts = ([column and [column[i] for i in taken] for column in each] for each in (columns, places, rates))
+            columns, places, rates = parts
+            rows = [rows[i] for i in taken]
+        grads, moments, _, values, stores, _ = columns
+        widths = [t.numel() // max(1, count) for t, count in zip(moments or (), rows, strict=True)]
         dtypes = grads and list(map(_DTYPE, grads)), stores and [t if t is None else t.dtype for t in stores]
-        for done in self._pass(kind, Table(places, rows, widths, *dtypes), numbers, moments[0]):
+        for done in self._pass(kind, Table(places, rows, widths, *dtypes, rates), numbers, (moments or ())[0]):
             # of moments nobody asks for the version
-            written = [column[i] for column in (values, stores) if column for i in done if column[i] is not None]
-            torch.autograd.graph.increment_version(written)
+            moved = [column[i] for column in (values, stores) if column for i in done if rows[i]]
+            if moved:
+                torch.autograd.graph.increment_version([tensor for tensor in moved if tensor is not None])
             yield [taken[i] for i in done]
 
     def squares(self, tensors: Sequence[Tensor], counts: Sequence[int]) -> Tensor | None:
@@ -170,17 +166,30 @@ class Compiled(ABC):
             and all(map(Tensor.is_contiguous, tensors))
         )
 
-    def _taken(self, columns: Sequence[Column], count: int) -> Sequence[int]:
-        """The jobs, by number, of whose tensors all fit."""
+    def _taken(self, columns: Sequence[Column], places: Sequence[Column], count: int) -> Sequence[int]:
+        """The jobs, by number, of whose tensors all fit; ``places`` are the addresses of the columns."""
         dtypes = ((*_FULL, *self.LOW), _FULL, _FULL, _FULL, self.LOW, (torch.bool,))
-        there = [(those, column) for those, column in zip(dtypes, columns, strict=True) if column]
-        if all(self._fit(those, [t for t in column if t is not None]) for those, column in there):
+        there = [
+            (those, column, place)
+            for those, column, place in zip(dtypes, columns, places, strict=True)
+            if column and place
+        ]
+        if all(self._all_fit(those, column, place) for those, column, place in there):
             return range(count)
         return [
             i
             for i in range(count)
-            if all(column[i] is None or self._fit(those, column[i : i + 1]) for those, column in there)
+            if all(column[i] is None or self._fit(those, column[i : i + 1]) for those, column, _ in there)
         ]
+
+    def _all_fit(self, dtypes: Iterable[torch.dtype], column: Sequence[Any], places: Sequence[int]) -> bool:
+        """Whether all tensors of a column do; of one that is held that is so as long as they are where they were."""
+        if isinstance(column, Held) and column.seen == places:
+            return True
+        fit = self._fit(dtypes, [tensor for tensor in column if tensor is not None])
+        if isinstance(column, Held) and fit:
+            column.seen = places
+        return fit
 
     def _are_products(self, each: Products) -> bool:
         alike = len({target.dtype for target in each.targets}) == 1
@@ -211,37 +220,46 @@ def first_addresses(sums: Tensor, rows: Sequence[int]) -> list[int]:
 
 def packed(columns: Iterable[Column], count: int) -> array[int]:
     """Numbers of ``count`` jobs, column after column; 0 where there are none."""
-    whole = array("q")
+    listed: list[int] = []
     for column in columns:
-        if column:
-            whole.fromlist(list(column))
-        else:
-            whole.frombytes(bytes(whole.itemsize * count))
-    return whole
+        listed += column or [0] * count
+    return array("q", listed)
 
 
 def _columns(function: Pass, jobs: Sequence[Job]) -> list[Column]:
     """The gradients of all jobs, their m, v, values, stores and winners."""
-    columns: list[Column] = list(zip(*jobs, strict=True))
+    columns: list[Column] = list(jobs.columns if isinstance(jobs, Jobs) else zip(*jobs, strict=True))
     if not columns:
         return [None] * 6
     if function is track_all:
         return [*columns, None, None, None]
     values, m, v, *rest = columns
-    stores, last = (column if any(t is not None for t in column or ()) else None for column in rest)
+    stores, last = (column if column and any(t is not None for t in column) else None for column in rest)
     return [last, m, v, values, stores, None] if function is unrouted_all else [None, m, v, values, stores, last]
 
 
-def _numbers(function: Pass, shared: Any) -> tuple[int, Numbers]:
-    """The kind of a pass, and its numbers."""
+def _numbers(function: Pass, shared: Any, count: int) -> tuple[int, Numbers, list[Column]]:
+    """The kind of a pass, what its jobs have in common, and their rates."""
+    listed = shared if isinstance(shared, list) else [shared] * count
     if function is track_all:
-        return (EPD if shared.score_fn == "epd" else PFN), _moment_numbers(shared)
-    kind, numbers, c = UPDATE, Numbers(), shared
+        return (EPD if listed[0].score_fn == "epd" else PFN), _moment_numbers(listed[0]), [None] * 4
+    kind, numbers = UPDATE, Numbers()
     if function is unrouted_all:
-        kind, numbers, c = UNROUTED, _moment_numbers(shared[0]), shared[1]
-    return kind, numbers._replace(eps=c.eps, inverse_root=c.inverse_root, decay=c.decay, step_size=c.step_size)
+        kind, numbers = UNROUTED, _moment_numbers(listed[0][0])
+        listed = [c for _, c in listed]
+    numbers = numbers._replace(eps=listed[0].eps, inverse_root=listed[0].inverse_root)
+    rates = {key: _rates(c) for key, c in {id(c): c for c in listed}.items()}
+    return kind, numbers, list(zip(*(rates[id(c)] for c in listed), strict=True))
+
+
+def _rates(c: Coefficients) -> tuple[int, int, int, int]:
+    """As in a ``Table``."""
+    if isinstance(c.decay, Tensor) and isinstance(c.step_size, Tensor):
+        return 0, 0, c.decay.data_ptr(), c.step_size.data_ptr()
+    decay, size = struct.unpack("2q", struct.pack("2d", c.decay, c.step_size))
+    return decay, size, 0, 0
 
 
 def _moment_numbers(t: Tracking) -> Numbers:
     beta1, beta2 = t.betas
-    return Numbers(1 - beta1, beta2, 1 - beta2, t.eps, t.clip, t.gate)
+    return Numbers(1 - beta1, beta2, 1 - beta2, t.eps, clip=t.clip, gate=t.gate)

@@ -13,6 +13,30 @@ Job = tuple[Any, ...]
 """Tensors of one shape, as a pass takes them; those that are optional may be None."""
 
 
+class Held(tuple[Any, ...]):
+    """One tensor of every job, the same ones in every step: compiled code looks once at what they are.
+
+    Attributes:
+        seen: Their addresses when it did. Where one is another now, its ``data`` was replaced, and it looks again.
+    """
+
+    seen: Sequence[int] = ()
+
+
+class Jobs(Sequence[Job]):
+    """Jobs by columns: of the tensors of all jobs the first, the second, and so on; None where no job has one."""
+
+    def __init__(self, *columns: Sequence[Any] | None) -> None:
+        self.columns = columns
+        self._count = len(next(column for column in columns if column is not None))
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: Any) -> Any:
+        return tuple(None if column is None else column[index] for column in self.columns)
+
+
 def track_all(jobs: Sequence[Any], shared: Any) -> list[Tensor]:
     """``track_`` of every job (grad, m, v)."""
     return [track_(*(*job, shared)) for job in jobs]

@@ -42,7 +42,8 @@ WIDTH = 64
 DEPTH = 64
 """Terms of its sums that it takes at once; half as many of P's, for the shared memory of smaller GPUs."""
 
-_GRAD, _M, _V, _VALUE, _STORE, _WINNER, _SUMS, _ROWS, _COLUMNS, _PIECE, _LINE = (tl.constexpr(i) for i in range(11))
+_GRAD, _M, _V, _VALUE, _STORE, _WINNER, _SUMS, _ROWS, _COLUMNS = (tl.constexpr(i) for i in range(9))
+_DECAY, _SIZE, _DECAYS, _SIZES, _PIECE, _LINE = (tl.constexpr(i) for i in range(9, 15))
 """Columns of the table of a pass: those of ``Table``, then the numbers of a job's first piece and of its first row."""
 
 _OPTIONS = {"enable_fp_fusion": True}
@@ -63,10 +64,10 @@ class Kernels(Compiled):
 
     def _pass(self, kind: int, table: Table, numbers: Numbers, like: Tensor) -> Iterator[Sequence[int]]:
         for (grad, store, aligned), chosen in _alike(table).items():
-            columns: list[Column] = [*table.addresses, table.rows, table.columns]
+            columns: list[Column] = [*table.addresses, table.rows, table.columns, *table.rates]
             if len(chosen) < len(table.rows):
                 columns = [column and [column[i] for i in chosen] for column in columns]
-            rows, widths = columns[-2] or (), columns[-1] or ()
+            rows, widths = columns[_ROWS.value] or (), columns[_COLUMNS.value] or ()
             pieces = [0, *accumulate(height * -(-width // PIECE) for height, width in zip(rows, widths, strict=True))]
             lines = [0, *accumulate(rows)]
             jobs = _to_device([*columns, pieces[:-1], lines[:-1]], len(chosen), like)
@@ -83,15 +84,11 @@ class Kernels(Compiled):
                         terms,
                         numbers.clip,
                         numbers.gate,
-                        numbers.inverse_root,
-                        numbers.decay,
-                        numbers.step_size,
-                        *numbers[:4],
+                        *numbers[:5],
                         kind,
                         _TYPES[grad or torch.float32],
                         None if store is None else _TYPES[store],
                         aligned,
-                        numbers.by_row,
                         PIECE,
                         BLOCK,
                         **_OPTIONS,
@@ -208,31 +205,36 @@ def _length(job, count, FIELD: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
+def _rate(job, count, FIELD: tl.constexpr, BY_ROW: tl.constexpr, row):
+    """A number of a job, or of one of its rows."""
+    rates = tl.load(job + BY_ROW * count)
+    number = tl.load(job + FIELD * count).to(tl.float64, bitcast=True).to(tl.float32)
+    return tl.load(rates.to(tl.pointer_type(tl.float32)) + row, mask=rates != 0, other=number)
+
+
+@triton.jit
 def _moments(g, m, v, lerp, beta2, square):
     """The new moments."""
     m = tl.where(lerp < 0.5, m + lerp * (g - m), g - (g - m) * (1 - lerp))
     return m, v * beta2 + square * g * g
 
 
-@triton.jit(do_not_specialize=["count", "inverse_root", "decays", "sizes"])
+@triton.jit(do_not_specialize=["count"])
 def _pass(
     table,
     count,
     terms,
     clip,
     gate,
-    inverse_root,
-    decays,
-    sizes,
     lerp,
     beta2,
     square,
     eps,
+    inverse_root,
     KIND: tl.constexpr,
     GRAD: tl.constexpr,
     STORE: tl.constexpr,
     ALIGNED: tl.constexpr,
-    BY_ROW: tl.constexpr,
     PIECE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -255,10 +257,8 @@ def _pass(
         second = _pointer(job, count, _V, tl.float32, ALIGNED)
         value = _pointer(job, count, _VALUE, tl.float32, ALIGNED)
         if KIND >= _UPDATE:
-            at_row = row if BY_ROW else 0
-            decay = tl.load(decays + at_row)
-            size = tl.load(sizes + at_row)
-            inverse = tl.load(inverse_root)
+            decay = _rate(job, count, _DECAY, _DECAYS, row)
+            size = _rate(job, count, _SIZE, _SIZES, row)
         total = tl.zeros([BLOCK], dtype=tl.float32)
         for start in range(begin, end, BLOCK):
             inside = start + tl.arange(0, BLOCK)
@@ -281,7 +281,7 @@ def _pass(
                 total += tl.where(mask, ratio * ratio, 0.0)
             else:
                 moved = tl.load(value + place, mask=mask, other=0.0) * decay
-                moved += tl.div_rn(m * size, root * inverse + eps)
+                moved += tl.div_rn(m * size, root * inverse_root + eps)
                 tl.store(value + place, moved, mask=mask)
                 if STORE is not None:
                     tl.store(_pointer(job, count, _STORE, STORE, ALIGNED) + place, moved.to(STORE), mask=mask)

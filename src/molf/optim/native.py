@@ -44,7 +44,7 @@ class Native(Compiled):
         sums = torch.empty(sum(counts), dtype=torch.float32, device="cpu")
         widths = [tensor.numel() // count for tensor, count in zip(tensors, counts, strict=True)]
         places = [addresses(tensors), *[None] * 5, first_addresses(sums, counts)]
-        table = Table(places, counts, widths, [tensor.dtype for tensor in tensors], None)
+        table = Table(places, counts, widths, [tensor.dtype for tensor in tensors], None, [None] * 4)
         for _ in self._pass(SQUARES, table, Numbers(), sums):
             pass
         return sums
@@ -53,15 +53,15 @@ class Native(Compiled):
         if numbers.gate is not None:
             return
         count, low = len(table.rows), table.grads and [dtype == torch.bfloat16 for dtype in table.grads]
-        listed = packed([*table.addresses, table.rows, table.columns, low], count)  # ``Job`` of passes.cpp
+        columns = [*table.addresses, table.rows, table.columns, low, *table.rates]  # ``Job`` of passes.cpp
+        listed = packed(columns, count)
         _library().molf_pass(
             kind,
             listed.buffer_info()[0],
             count,
             torch.get_num_threads(),
-            *numbers[:4],
-            *map(_address, (numbers.clip, numbers.inverse_root, numbers.decay, numbers.step_size)),
-            numbers.by_row,
+            *numbers[:5],
+            None if numbers.clip is None else numbers.clip.data_ptr(),
         )
         yield range(count)
 
@@ -79,10 +79,6 @@ class Native(Compiled):
 
     def _are_products(self, each: Products) -> bool:
         return each.targets[0].numel() < PRODUCT_TO and super()._are_products(each)
-
-
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 @functools.cache
@@ -104,7 +100,7 @@ def _library() -> ctypes.CDLL:
     except (OSError, ValueError) as error:
         raise CompileError(f"{compiler}: {error}") from error
     whole, real, pointer = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
-    loaded.molf_pass.argtypes = [whole, pointer, whole, whole, *[real] * 4, *[pointer] * 4, whole]
+    loaded.molf_pass.argtypes = [whole, pointer, whole, whole, *[real] * 5, pointer]
     loaded.molf_superpose.argtypes = [pointer, whole, whole, pointer, whole]
     for function in (loaded.molf_pass, loaded.molf_superpose):
         function.restype = None

@@ -24,6 +24,7 @@ class Part:
 
     Attributes:
         slots: Where the tensors are, or of virtual A and B the layers' weights; none of what is not routed.
+        names: Their names.
         members: Which modules of the stack these are.
         parameters: The tensors of the model, K of them; of virtual A and B, which are in no model, the layers' weights.
         states: Their states.
@@ -35,6 +36,7 @@ class Part:
     """
 
     slots: list[Slot]
+    names: list[str]
     members: range
     parameters: list[Tensor]
     states: list[dict[str, Tensor]]
@@ -43,6 +45,21 @@ class Part:
     exp_avg: Tensor
     exp_avg_sq: Tensor
     value: Tensor | None = None
+
+    @property
+    def is_joined(self) -> bool:
+        """Whether its value is in no tensor of the model, or of several."""
+        return self.value is not None or len(self.parameters) > 1
+
+    @property
+    def stays(self) -> bool:
+        """Whether its value is in the same tensor in every step."""
+        return self.value is not None or not (self.turned or len(self.parameters) > 1)
+
+    @property
+    def has_masters(self) -> bool:
+        """Whether the model's tensors take the values rounded."""
+        return "base" in self.states[0] and "lora_A" not in self.states[0]
 
     def joined(self, tensors: Sequence[Tensor]) -> Tensor:
         """One tensor per module as one of all; the only one as it is."""

@@ -13,11 +13,12 @@
 
 namespace {
 
-constexpr int64_t PIECE = 4096;  // elements that one thread takes
-constexpr int64_t BLOCK = 64;    // elements of a vectorised loop
-constexpr int64_t LINE = 16;     // floats of a cache line
-constexpr int64_t AHEAD = 256;   // elements from the one in work to the one that is fetched
-constexpr int64_t HEIGHT = 2;    // rows and columns of P whose sums stay in registers
+constexpr int64_t PIECE = 4096;   // elements of a row at most that are worked on at once
+constexpr int64_t SHARE = 65536;  // elements that a thread takes, about: pieces differ in size
+constexpr int64_t BLOCK = 64;     // elements of a vectorised loop
+constexpr int64_t LINE = 16;      // floats of a cache line
+constexpr int64_t AHEAD = 256;    // elements from the one in work to the one that is fetched
+constexpr int64_t HEIGHT = 2;     // rows and columns of P whose sums stay in registers
 constexpr int64_t WIDTH = 32;
 
 struct Job {
@@ -29,7 +30,11 @@ struct Job {
   const uint8_t* winner;  // per row whether the value moves; null: all do
   float* sums;            // what the score sums over each row, or the gradient's squares; or null
   int64_t rows, columns;
-  int64_t bf16;  // whether the gradient is
+  int64_t bf16;         // whether the gradient is
+  double decay;         // 1 - ηλ
+  double size;          // -η / (1-β1ⁿ)
+  const float* decays;  // one per row, or null: the one above
+  const float* sizes;   // likewise
 };
 
 struct Numbers {
@@ -37,11 +42,8 @@ struct Numbers {
   float beta2;         // β2
   float square;        // 1-β2
   float eps;           // ε
-  float clip;          // the clipping factor
   float inverse_root;  // 1 / √(1-β2ⁿ)
-  const float* decay;  // 1 - ηλ, one or one per row
-  const float* size;   // -η / (1-β1ⁿ), likewise
-  int64_t by_row;      // whether these are one per row
+  float clip;          // the clipping factor
 };
 
 enum Kind { SQUARES, EPD, PFN, UPDATE, UNROUTED };
@@ -134,19 +136,21 @@ void run(const std::vector<Job>& jobs, Numbers c, int64_t threads) {
   const int64_t count = jobs.size();
   std::vector<int64_t> first(count + 1, 0);  // the first piece of each job
   for (int64_t i = 0; i < count; ++i) first[i + 1] = first[i] + jobs[i].rows * pieces(jobs[i]);
+  int64_t elements = 0;
+  for (const Job& job : jobs) elements += job.rows * job.columns;
+  const int64_t chunk = 1 + SHARE * first[count] / (elements + 1);
   std::vector<double> terms(kind < UPDATE ? first[count] : 0);
 #pragma omp parallel num_threads(threads)
   {
     int64_t i = 0;
-#pragma omp for schedule(static)
+#pragma omp for schedule(monotonic : dynamic, chunk)
     for (int64_t p = 0; p < first[count]; ++p) {
       while (p >= first[i + 1]) ++i;
       const Job& job = jobs[i];
       const int64_t row = (p - first[i]) / pieces(job), column = (p - first[i]) % pieces(job) * PIECE;
       if (job.winner && !job.winner[row]) continue;
       const int64_t start = row * job.columns + column, elements = std::min(PIECE, job.columns - column);
-      const int64_t at = c.by_row ? row : 0;
-      const float decay = c.decay ? c.decay[at] : 1, size = c.size ? c.size[at] : 0;
+      const float decay = job.decays ? job.decays[row] : job.decay, size = job.sizes ? job.sizes[row] : job.size;
       const double found = job.bf16 ? piece<kind, uint16_t>(job, start, elements, decay, size, c)
                                     : piece<kind, float>(job, start, elements, decay, size, c);
       if (kind < UPDATE) terms[p] = found;
@@ -228,10 +232,9 @@ extern "C" void molf_superpose(const int64_t* table, int64_t count, int64_t thre
 }
 
 extern "C" void molf_pass(int64_t kind, const int64_t* table, int64_t count, int64_t threads, float lerp, float beta2,
-                          float square, float eps, const float* clip, const float* inverse_root, const float* decay,
-                          const float* size, int64_t by_row) {
+                          float square, float eps, float inverse_root, const float* clip) {
   const std::vector<Job> jobs = read<Job>(table, count);
-  const Numbers c{lerp, beta2, square, eps, clip ? *clip : 1, inverse_root ? *inverse_root : 1, decay, size, by_row};
+  const Numbers c{lerp, beta2, square, eps, inverse_root, clip ? *clip : 1};
   switch (static_cast<Kind>(kind)) {
     case SQUARES: return run<SQUARES>(jobs, c, threads);
     case EPD: return run<EPD>(jobs, c, threads);

@@ -55,9 +55,10 @@ class Passes:
         Args:
             function: One of the three passes.
             jobs: The tensors; of ``track_all`` on one device, with moments of one dtype.
-            shared: What all jobs have in common: numbers, and tensors that broadcast to theirs.
+            shared: The numbers that the function takes, of all jobs, or in a list those of each. These may differ in
+                decay and step size alone.
             rows: How many rows each job has, over which is summed, or along which numbers or winners vary. None is one
-                each, in whatever shape a job's tensors are.
+                each, in whatever shape a job's tensors are; 0 leaves a job out.
 
         Returns:
             What ``track_all`` sums, over every row of every job, one after the other; else nothing.
@@ -65,19 +66,21 @@ class Passes:
         Raises:
             CompileError: If compiling fails and was asked for.
         """
-        varies = rows is not None and function is not track_all  # numbers, or who moves, along the rows
+        numbers = shared if isinstance(shared, list) else [shared] * len(jobs)
         rows = [1] * len(jobs) if rows is None else rows
         sums = _room(jobs, rows) if function is track_all else torch.empty(0, device=self._device)
         done = self._compiled(function, jobs, shared, rows, sums) if self.compiles else set()
         if len(done) == len(jobs):
             return sums
         groups: dict[Any, list[int]] = defaultdict(list)
-        rest = {i: job if varies or rows[i] != 1 else flat(job) for i, job in enumerate(jobs) if i not in done}
+        left = {i: job for i, job in enumerate(jobs) if rows[i] and i not in done}
+        rest = {i: job if _varies(numbers[i]) or rows[i] != 1 else flat(job) for i, job in left.items()}
         for i, job in rest.items():
-            groups[_alike(job)].append(i)
+            groups[id(numbers[i]), _alike(job)].append(i)
         found: dict[int, Any] = {}
         for indices in groups.values():
-            found |= zip(indices, _in_blocks(function, [rest[i] for i in indices], shared), strict=True)
+            blocks = _in_blocks(function, [rest[i] for i in indices], numbers[indices[0]])
+            found |= zip(indices, blocks, strict=True)
         if function is track_all:
             places = sums.split(list(rows))
             own = [(each.sum() if each.dim() and rows[i] == 1 else each).flatten() for i, each in found.items()]
@@ -167,7 +170,7 @@ def _room(jobs: Sequence[Job], rows: Sequence[int]) -> Tensor:
 
 def flat(job: Job) -> Job:
     """The tensors as one-dimensional views, so that they can be cut, where all are laid out in the same order."""
-    return tuple(t if t is None else t.view(-1) for t in job) if all(map(_is_flat, job)) else job
+    return tuple(t if t is None or t.dim() == 1 else t.view(-1) for t in job) if all(map(_is_flat, job)) else job
 
 
 def has_quantized(job: Job) -> bool:
@@ -177,6 +180,11 @@ def has_quantized(job: Job) -> bool:
 
 def _is_flat(tensor: Tensor | None) -> bool:
     return tensor is None or (tensor.is_contiguous() and not is_quantized(tensor))
+
+
+def _varies(shared: Any) -> bool:
+    """Whether the numbers vary along the rows."""
+    return isinstance(shared, Coefficients) and shared.by_row
 
 
 def _alike(job: Job) -> tuple[Any, ...]:
@@ -189,7 +197,7 @@ def _in_blocks(function: Pass, jobs: Sequence[Job], shared: Any) -> list[Any]:
     block = BLOCK if first.device.type == "cpu" else DEVICE_BLOCK
     if has_quantized(jobs[0]):
         return [function([job], shared)[0] for job in jobs]
-    by_row = first.dim() == 2 and not (isinstance(shared, Coefficients) and shared.decay.dim() > 0)
+    by_row = first.dim() == 2 and not _varies(shared)
     if first.numel() > block and (first.dim() == 1 or by_row):
         return [_cut(function, job, shared, max(1, block * len(first) // first.numel())) for job in jobs]
     together = max(1, block // max(1, first.numel()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from torch import Tensor
 
@@ -12,7 +12,7 @@ from .config import MoLFConfig
 from .scalars import numbers
 
 
-def priorities(config: MoLFConfig, scores: Tensor, turns: Sequence[tuple[int, int]]) -> Tensor:
+def priorities(config: MoLFConfig, scores: Tensor, turns: Iterable[tuple[int, int]]) -> Tensor:
     """What the experts of every module are ranked by, (M, E), higher first.
 
     ``random`` draws experts one after the other in proportion to ``random_shares`` w_i, without putting back: the

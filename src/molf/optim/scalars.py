@@ -17,7 +17,7 @@ def stack(tensors: Sequence[Tensor]) -> Tensor:
 
 def join(tensors: Sequence[Tensor]) -> Tensor:
     """``torch.cat`` of one-dimensional tensors on the first one's device and in the widest dtype among them."""
-    return torch.cat(_alike(tensors))
+    return tensors[0] if len(tensors) == 1 else torch.cat(_alike(tensors))
 
 
 def numbers(values: Any, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -10,19 +10,23 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .config import MoLFConfig
+from .jobs import Held
 from .layout import RoutedModule, Slot
 from .parts import Part, shared
 from .quantized import is_quantized
+from .scalars import numbers
 from .sharding import is_distributed
-from .virtual import shares_storage
+from .virtual import Products, shares_storage
 
 STACK_FROM = 2**15
 """Tensors of the model with this many elements are not gathered: their gradients would be copied for nothing."""
@@ -47,12 +51,12 @@ class Unrouted(NamedTuple):
 
 
 @dataclass(eq=False)
-class OtherStack:
-    """K parameters of one shape and group that are not routed; attributes as of ``Stack``."""
+class Other:
+    """A parameter that is not routed; attributes as of ``Unrouted`` and ``Stack``."""
 
     group: dict[str, Any]
-    names: list[str]
-    positions: list[int]
+    name: str
+    position: int
     part: Part
     count: float = 0.0
 
@@ -69,6 +73,7 @@ class Stack:
         dense: The parts of weights, and those of biases, where they are trained.
         pair: A and Bᵀ, each of all modules.
         count: Number of steps, the present one included.
+        products: What the weights are made of where every W is one of its own, as it was last found.
     """
 
     modules: tuple[RoutedModule, ...]
@@ -78,15 +83,172 @@ class Stack:
     dense: list[Part]
     pair: tuple[Part, Part] | None
     count: float = 0.0
+    products: Products | None = None
 
     def __len__(self) -> int:
         return len(self.modules)
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Of the modules."""
+        return [module.name for module in self.modules]
+
+    def owns_bases(self) -> bool:
+        """Whether every W was found to be one of its own, and is the same since."""
+        if self.products is None:
+            return False
+        return same([state.get("base") for part in self.weights for state in part.states], self.products.bases)
 
     def virtual_pair(self) -> tuple[Tensor, Tensor]:
         """Virtual A (K, R, in) and Bᵀ (K, R, out)."""
         A, B = (part.value for part in self.pair or () if part.value is not None)
         rank = len(A) // len(self)  # a process may hold no row of a weight, and so no column of B
         return A.view(len(self), rank, A.shape[1]), B.view(len(self), rank, B.shape[1])
+
+
+@dataclass(eq=False)
+class Batch:
+    """Parts that a pass takes in one call.
+
+    Attributes:
+        key: What they have in common.
+        place: Device and dtype of their values.
+        indices: Their numbers among all that were grouped.
+        stacks: The stack of each; all are of as many steps.
+        parts: The parts.
+        modules: Of each the numbers of its modules in the order of all stacks.
+        rows: Of each how many modules it has, or ranks: over each the scores sum.
+        exp_avg: Their m.
+        exp_avg_sq: Their v.
+        values: Their precise values and what takes these rounded, where both stay the same from step to step.
+        bases: The W or master of each when ``values`` was made.
+    """
+
+    key: Any
+    place: tuple[torch.device, torch.dtype]
+    indices: list[int]
+    stacks: list[Any]
+    parts: list[Part]
+    modules: list[range]
+    rows: list[int]
+    exp_avg: Held
+    exp_avg_sq: Held
+    values: tuple[Held, Held] | None = None
+    bases: Sequence[Tensor | None] = ()
+
+
+class Batches(NamedTuple):
+    """The batches of a step.
+
+    Attributes:
+        tracked: Weights and biases, then every A, and then every Bᵀ; the key is a parameter group's index.
+        dense: Weights and biases by their number of steps.
+        lora: Every A and Bᵀ, likewise.
+        others: What is not routed, likewise.
+    """
+
+    tracked: list[Batch]
+    dense: list[Batch]
+    lora: list[Batch]
+    others: list[Batch]
+
+
+def in_batches(listed: Iterable[tuple[Any, int, Any, Part]]) -> list[Batch]:
+    """Parts of one key, device and dtype together.
+
+    Args:
+        listed: Keys, numbers of the stacks' first modules, stacks, parts.
+    """
+    groups: dict[Any, list[Any]] = defaultdict(list)
+    for i, (key, start, stack, part) in enumerate(listed):
+        m = part.exp_avg
+        place = m.device, torch.float32 if is_quantized(m) else m.dtype
+        modules = range(start + part.members.start, start + part.members.stop)
+        groups[key, place].append((i, stack, part, modules, len(m) if part.by_row else len(modules)))
+    made = []
+    for (key, place), group in groups.items():
+        columns: list[Any] = [list(column) for column in zip(*group, strict=True)]
+        columns += [Held(getattr(part, name) for part in columns[2]) for name in MOMENTS]
+        made.append(Batch(key, place, *columns))
+    return made
+
+
+class Selection:
+    """What takes part in a step, with what there is to know of it before its gradients.
+
+    Args:
+        stacks: Whole stacks, and one by one what is left of a stack or has made other steps.
+        others: Parameters that are not routed.
+        index: The number of each module in model order, by its name.
+
+    Attributes:
+        names: Of the modules, in model order.
+        positions: Where the step counters of all parameters are.
+        starts: The stacks, each after the number of its first module in the order of all stacks.
+    """
+
+    def __init__(self, stacks: list[Stack], others: list[Other], index: Mapping[str, int]) -> None:
+        self.stacks, self.others, self._index = stacks, others, index
+        self.starts = list(zip(accumulate(map(len, stacks), initial=0), stacks, strict=False))
+        listed = [name for stack in stacks for name in stack.names]
+        self._order = sorted(range(len(listed)), key=lambda i: index[listed[i]])
+        self.names = tuple(listed[i] for i in self._order)
+        self.positions = [each for stack in stacks for positions in stack.positions for each in positions]
+        self.positions += [other.position for other in others]
+        self._kept: dict[Any, Any] = {}
+
+    def batches(self, lora: int | None) -> Batches:
+        """What passes take, of several parameter groups in one batch.
+
+        Args:
+            lora: None if all groups have the same betas and ε. Else they are apart, and this is the index of the LoRA
+                experts' first one.
+        """
+        return self.keep(lora, lambda: self._make_batches(lora))
+
+    def _make_batches(self, lora: int | None) -> Batches:
+        dense = [(start, stack, part) for start, stack in self.starts for part in stack.dense]
+        pairs = [(start, stack, stack.pair) for start, stack in self.starts if stack.pair is not None]
+        factors = [(start, stack, pair[factor]) for factor in (0, 1) for start, stack, pair in pairs]
+        groups = [0 if lora is None else part.slots[0][0] for *_, part in dense]
+        own = [0 if lora is None else id(other.group) for other in self.others]
+        tracked = zip([*groups, *[lora or 0] * len(factors)], [*dense, *factors], strict=True)
+        return Batches(
+            in_batches((group, *each) for group, each in tracked),
+            in_batches(((group, each[1].count), *each) for group, each in zip(groups, dense, strict=True)),
+            in_batches((each[1].count, *each) for each in factors),
+            in_batches(((group, each.count), 0, each, each.part) for group, each in zip(own, self.others, strict=True)),
+        )
+
+    @cached_property
+    def dense_rows(self) -> list[int]:
+        """Of every row of the weights and biases its module's number in the order of all stacks."""
+        return [start + k for start, stack in self.starts for part in stack.dense for k in part.members]
+
+    @cached_property
+    def single(self) -> list[Selection]:
+        """The stacks one by one."""
+        return [Selection([stack], [], self._index) for stack in self.stacks]
+
+    def keep(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What ``make`` returns, which is asked once for a key."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
+
+    def in_model_order(self, rows: Tensor) -> Tensor:
+        """One row of each module, which come in the stacks' order."""
+        if self._order == list(range(len(self._order))):
+            return rows
+        return rows[self.keep(("order", rows.device), lambda: numbers(self._order, rows, torch.long))]
+
+    def by_module(self, sums: Tensor) -> Tensor:
+        """The sums of weights and of biases together, (M,), in the stacks' order."""
+        if self.dense_rows == list(range(len(self.dense_rows))):
+            return sums
+        index = self.keep(("dense", sums.device), lambda: numbers(self.dense_rows, sums, torch.long))
+        # two terms of a sum are the same in either order
+        return sums.new_zeros(max(self.dense_rows) + 1).index_add_(0, index, sums)
 
 
 class Stacks:
@@ -101,7 +263,7 @@ class Stacks:
 
     Attributes:
         all: The stacks; those of modules that are alike follow each other.
-        others: The stacks of parameters that are not routed.
+        others: The parameters that are not routed, by name.
         position: Where each parameter's step counter is, by the parameter's id.
     """
 
@@ -119,14 +281,15 @@ class Stacks:
         self._steps = torch.stack([state[each]["step"] for each in parameters])
         for parameter, step in zip(parameters, self._steps.unbind(), strict=True):
             state[parameter]["step"] = step
-        self._others = others
         self._index = {module.name: i for i, module in enumerate(modules)}
+        self._selections: dict[Any, Selection] = {}
         self.all = [self._make(group) for group in self._grouped(modules)]
         self._singles: dict[str, Stack] = {}
-        self.others = [self._make_other(group) for group in self._grouped_others()]
-        self._single_others: dict[str, OtherStack] = {}
+        self.others = {each.name: self._make_other(each) for each in others}
         parts = [part for stack in self.all for part in (*stack.weights, *stack.dense)]
-        parts += [part for stack in self.all for part in stack.pair or ()] + [other.part for other in self.others]
+        parts += [part for stack in self.all for part in stack.pair or ()] + [
+            other.part for other in self.others.values()
+        ]
         self._gathered = {id(each) for part in parts if len(part.parameters) > 1 for each in part.parameters}
         self._held, self._held_firm, self._shapes = self._tensors(), self._firm(), self._shapes_now()
 
@@ -138,48 +301,46 @@ class Stacks:
         if groups is not self._groups or state is not self._state or self._shapes_now() != self._shapes:
             return False
         found = self._tensors()
-        if _same(found, self._held):
+        if same(found, self._held):
             return True
         # a W of its own in the place of the weight: nothing here refers to that of a layer that is not gathered
         self._held = found
-        return _same(self._firm(), self._held_firm)
+        return same(self._firm(), self._held_firm)
 
-    def of(self, active: Sequence[RoutedModule], others: Sequence[Unrouted]) -> tuple[list[Stack], list[OtherStack]]:
+    def of(self, active: Sequence[RoutedModule], others: Sequence[Unrouted]) -> Selection:
         """What takes part in a step: whole stacks, and one by one what is left of a stack or has made other steps."""
-        numbers = (self._steps + 1).tolist()
+        counts = [n + 1 for n in self._steps.tolist()]
+        least = min(counts)
+        # how many steps each is ahead says what can be stepped together
+        key = tuple(each.name for each in active), tuple(each.name for each in others), tuple(n - least for n in counts)
+        if key not in self._selections:
+            if len(self._selections) > len(counts):
+                self._selections.clear()
+            self._selections[key] = self._select(active, others, counts)
+        selection = self._selections[key]
+        for stack in selection.stacks:
+            stack.count = counts[stack.positions[0][0]]
+        for other in selection.others:
+            other.count = counts[other.position]
+        return selection
+
+    def _select(self, active: Sequence[RoutedModule], others: Sequence[Unrouted], counts: Sequence[float]) -> Selection:
         names = {module.name for module in active}
         stacks: list[Stack] = []
         for stack in self.all if len(active) > 1 else ():
             here = [module for module in stack.modules if module.name in names]
-            together = len(here) == len(stack) and len({numbers[each[0]] for each in stack.positions}) == 1
+            together = len(here) == len(stack) and len({counts[each[0]] for each in stack.positions}) == 1
             stacks += [stack] if together else map(self._single, here)
         if len(active) == 1:  # as in the backward pass, where every module has its own step
             stacks = [self._single(active[0])]
-        for stack in stacks:
-            stack.count = numbers[stack.positions[0][0]]
-        taking = {each.name: each for each in others}
-        other_stacks: list[OtherStack] = []
-        for other in self.others if others else ():
-            present = [taking[name] for name in other.names if name in taking]
-            together = len(present) == len(other.names) and len({numbers[i] for i in other.positions}) == 1
-            other_stacks += [other] if together else map(self._single_other, present)
-        for other in other_stacks:
-            other.count = numbers[other.positions[0]]
-        return stacks, other_stacks
+        return Selection(stacks, [self.others[each.name] for each in others], self._index)
 
-    def order(self, stacks: Sequence[Stack]) -> list[int]:
-        """Where each module is, in model order, among those of the stacks."""
-        places = [self._index[module.name] for stack in stacks for module in stack.modules]
-        return sorted(range(len(places)), key=places.__getitem__)
-
-    def advance(self, stacks: Sequence[Stack], others: Sequence[OtherStack]) -> None:
+    def advance(self, selection: Selection) -> None:
         """Count a step of these modules and of these parameters."""
-        moved = [each for stack in stacks for positions in stack.positions for each in positions]
-        moved += [each for other in others for each in other.positions]
-        if len(moved) == len(self._steps):
+        if len(selection.positions) == len(self._steps):
             self._steps.add_(1)
         else:
-            self._steps[moved] += 1
+            self._steps[selection.positions] += 1
 
     def _shapes_now(self) -> list[torch.Size]:
         return [parameter.shape for group in self._groups for parameter in group["params"]]
@@ -207,11 +368,6 @@ class Stacks:
         if module.name not in self._singles:
             self._singles[module.name] = self._make([module])
         return self._singles[module.name]
-
-    def _single_other(self, other: Unrouted) -> OtherStack:
-        if other.name not in self._single_others:
-            self._single_others[other.name] = self._make_other([other])
-        return self._single_others[other.name]
 
     def _grouped(self, modules: Iterable[RoutedModule]) -> list[list[RoutedModule]]:
         """Modules that are alike together, kind after kind, as many to a stack as it may have."""
@@ -245,22 +401,9 @@ class Stacks:
         """Tensors and their states."""
         return (each for tensor in tensors for each in (tensor, *self._state[tensor].values()))
 
-    def _grouped_others(self) -> list[list[Unrouted]]:
-        """As ``_grouped``, of parameters that are not routed."""
-        groups: dict[Any, list[Unrouted]] = defaultdict(list)
-        for other in self._others:
-            tensor, held = other.parameter, self._state[other.parameter]
-            single = not self._config.keep_base or any(map(_is_special, self._with_states([tensor])))
-            kind = (id(other.group), tensor.shape, tensor.dtype, tensor.device, tuple(held))
-            groups[other.name if single or tensor.numel() >= STACK_FROM else kind].append(other)
-        return list(groups.values())
-
-    def _make_other(self, others: Sequence[Unrouted]) -> OtherStack:
-        parameters = [each.parameter for each in others]
-        positions = [self.position[id(each)] for each in parameters]
-        return OtherStack(
-            others[0].group, [each.name for each in others], positions, self._part_of(parameters, MOMENTS)
-        )
+    def _make_other(self, other: Unrouted) -> Other:
+        position = self.position[id(other.parameter)]
+        return Other(other.group, other.name, position, self._part_of([other.parameter], MOMENTS))
 
     def _make(self, modules: Sequence[RoutedModule]) -> Stack:
         """A stack; of several modules, their moments and virtual experts become views of tensors that they share."""
@@ -311,10 +454,12 @@ class Stacks:
         )
         if len(tensors) == 2 and len(parameters) > 1 and all(own):
             tensors.append(shared(states, "base", by_row, turned))
-        return Part(list(slots), members, parameters, states, by_row, turned, *tensors)
+        named = [self._groups[group]["param_names"][i] for group, i in slots]
+        return Part(list(slots), named, members, parameters, states, by_row, turned, *tensors)
 
 
-def _same(found: Sequence[Any], held: Sequence[Any]) -> bool:
+def same(found: Sequence[Any], held: Sequence[Any]) -> bool:
+    """Whether both have the same things."""
     return len(found) == len(held) and all(map(operator.is_, found, held))
 
 

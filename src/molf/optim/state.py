@@ -129,7 +129,9 @@ class MoLFState(Optimizer):
             if self._is_virtual(module):
                 if local(self.state[weight]["lora_B"]).any():
                     self._own_base(weight)
-                self._write_products([self._products(module, weight, self.state[weight].get("base", weight))])
+                base = self.state[weight].get("base", weight)
+                if not virtual.shares_storage(base, weight):
+                    self._write_products([self._products(module, weight, base)])
             for slot in module.slots[int(self._is_virtual(module)) :]:
                 self._write(self._parameter(slot), {})
         for each in self._others():
@@ -211,20 +213,10 @@ class MoLFState(Optimizer):
         return scales[0] if len(set(scales)) == 1 else self._per_rank(scales, like)
 
     def _write_products(self, listed: Sequence[Products]) -> None:
-        """Let weights over virtual experts follow: P = W + Σ s_i B_i A_i, accumulated and rounded once.
-
-        Nothing is done where W is the weight itself, as while B = 0.
-        """
+        """Let weights over virtual experts follow: P = W + Σ s_i B_i A_i, accumulated and rounded once."""
         places: dict[tuple[torch.device, torch.dtype], list[Products]] = defaultdict(list)
         for each in listed:
-            pairs = zip(each.bases, each.targets, strict=True)
-            own = [i for i, pair in enumerate(pairs) if not virtual.shares_storage(*pair)]
-            if own and len(own) < len(each.targets):
-                chosen = numbers(own, each.left, torch.long)
-                targets, bases = ([tensors[i] for i in own] for tensors in each[:2])
-                each = Products(targets, bases, each.left[chosen], each.right[chosen])
-            if own:
-                places[each.left.device, each.left.dtype].append(each)
+            places[each.left.device, each.left.dtype].append(each)
         for there in places.values():
             scales, nearest = self._per_rank(self.config.scales, there[0].left), self.config.keep_base
             taken = set(self._passes.superpose(there, scales) if nearest else ())
@@ -294,6 +286,14 @@ class MoLFState(Optimizer):
 
     def _group(self, expert: str) -> dict[str, Any]:
         return next(group for group in self.param_groups if group["expert"] == expert)
+
+    def _apart(self) -> int | None:
+        """None if all groups have the same betas and ε, which schedulers may change; else as of ``batches``."""
+        first = self.param_groups[0]
+        if all(group["betas"] == first["betas"] and group["eps"] == first["eps"] for group in self.param_groups):
+            return None
+        experts = [group["expert"] for group in self.param_groups]
+        return next((experts.index(expert) for expert in self._lora_experts), 0)
 
     @property
     def _lora_experts(self) -> tuple[str, ...]:

@@ -6,9 +6,7 @@ Everything here works on stacks: K modules of one shape (``stacks.py``). ``updat
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from itertools import accumulate, product
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,15 +16,13 @@ from . import virtual
 from .adamw import Tracking
 from .config import MoLFConfig
 from .guards import GradientCheck, check_gradients, check_unchanged, look_at, refuse_sparse
-from .jobs import track_all
-from .layout import RoutedModule, Slot
-from .parts import Part
+from .jobs import Jobs, track_all
+from .layout import RoutedModule
 from .policy import priorities
-from .quantized import is_quantized
 from .routing import Decision, decide
 from .scalars import join, numbers
 from .sharding import Shards
-from .stacks import OtherStack, Stack, Stacks, Unrouted
+from .stacks import Selection, Stack, Stacks, Unrouted
 from .update import MoLFUpdate
 
 
@@ -66,42 +62,32 @@ class MoLFStep(MoLFUpdate):
         On an accelerator the one read of the step is that of the winners. Whether all gradients are finite comes with
         it; until then a gate on the device keeps the moments as they are if that is not so.
         """
-        self._coefficients.clear()
-        self._keys.clear()
         if not active and not others:
             return
         known = self.stacks()
-        stacks, other_stacks = known.of(active, others)
-        other_grads = [each.part.gradient() for each in other_stacks]
-        check, winners = self._route(stacks, known.order(stacks), other_stacks, other_grads)
-        known.advance(stacks, other_stacks)
-        self._step_others(other_stacks, other_grads, check)  # a GPU works on it while the host prepares what follows
+        selection = known.of(active, others)
+        other_grads = [each.part.gradient() for each in selection.others]
+        check, winners = self._route(selection, other_grads)
+        known.advance(selection)
+        self._step_others(selection, other_grads, check)  # a GPU works on it while the host prepares what follows
         # without a W in the state, one is made for each module while it is updated, and not for all at once
-        at_once = len(stacks) if self.config.keep_base else 1
-        for start in range(0, len(stacks), max(1, at_once)):
-            self._update(stacks[start : start + at_once], winners)
+        for each in [selection] if self.config.keep_base else selection.single:
+            self._update(each, winners)
 
-    def _route(
-        self, stacks: Sequence[Stack], order: Sequence[int], others: Sequence[OtherStack], other_grads: Sequence[Tensor]
-    ) -> tuple[GradientCheck, dict[str, list[int]]]:
+    def _route(self, selection: Selection, other_grads: Sequence[Tensor]) -> tuple[GradientCheck, dict[str, list[int]]]:
         """Moments, scores and the winners of every module; nothing has changed if a gradient is not finite."""
-        grads = [self._gradients(stack) for stack in stacks]
-        check = self._check_gradients(stacks, grads, others, other_grads)
-        if not stacks:
+        grads = [self._gradients(stack) for stack in selection.stacks]
+        check = self._check_gradients(selection, grads, other_grads)
+        if not selection.stacks:
             check.raise_if_broken(check.gate is None or bool(check.gate))
             return check, {}
-        sums = self._track(stacks, grads, check)
-        scores = self._scores(stacks, sums)
-        active = [module for stack in stacks for module in stack.modules]
-        counts = [stack.count for stack in stacks for _ in stack.modules]
-        if list(order) != list(range(len(order))):
-            active, counts = [active[i] for i in order], [counts[i] for i in order]
-            scores = scores[numbers(order, scores, torch.long)]
-        names = tuple(module.name for module in active)
-        decision = decide(names, scores, self.config.top_k, self._priorities(active, scores, counts), check.gate)
+        scores = selection.in_model_order(self._scores(selection, self._track(selection, grads, check)))
+        controlled = self.config.policy != "score"
+        ranked_by = priorities(self.config, scores, self._turns(selection)) if controlled else None
+        decision = decide(selection.names, scores, self.config.top_k, ranked_by, check.gate)
         check.raise_if_broken(decision.finite)
         self.decisions.append(decision)
-        return check, dict(zip(names, decision.winners, strict=True))
+        return check, dict(zip(selection.names, decision.winners, strict=True))
 
     def _gradients(self, stack: Stack) -> Gradients:
         """Gradients of W and b, and of A and Bᵀ: the adapters', or from G = dL/dP as in identity (a)."""
@@ -133,54 +119,44 @@ class MoLFStep(MoLFUpdate):
             virtual.gradients((G.mT if turned else G).to(dtype), a, bt, scales, (to[0], to[1]))
         return result
 
-    def _track(self, stacks: Sequence[Stack], grads: Sequence[Gradients], check: GradientCheck) -> Tensor:
+    def _track(self, selection: Selection, grads: Sequence[Gradients], check: GradientCheck) -> Tensor:
         """Universal momentum tracking; returns what the scores sum over each expert's elements, (M, E)."""
-        columns = []
-        if self.config.train_base:
-            parts = [part for stack in stacks for part in stack.dense]
-            given = [grad for each in grads for grad in each.dense]
-            found = self._run_tracking("dense", parts, given, [len(part.members) for part in parts], check)
-            columns.append(_totals(stacks, found)[:, None])
+        given = [grad for each in grads for grad in each.dense]
+        given += [each.pair[factor] for factor in (0, 1) for each in grads if each.pair]
+        sums = self._run_tracking(selection, given, check)
+        dense, pairs = sums.tensor_split([len(selection.dense_rows)])
+        columns = [selection.by_module(dense)[:, None]] if self.config.train_base else []
         if self.config.expert_ranks:
-            parts = [stack.pair[factor] for factor in (0, 1) for stack in stacks if stack.pair is not None]
-            given = [each.pair[factor] for factor in (0, 1) for each in grads if each.pair]
-            rows = [len(part.exp_avg) for part in parts]
-            sums = self._run_tracking(self._lora_experts[0], parts, given, rows, check)
-            if self.shards is not None:
-                sums = self._own_sums(stacks, sums.split(rows), self.shards)
-            per_rank = sums.view(2, -1, sum(self.config.expert_ranks)).sum(0)
+            pairs = pairs if self.shards is None else self._own_sums(selection.stacks, pairs, self.shards)
+            per_rank = pairs.view(2, -1, sum(self.config.expert_ranks)).sum(0)
             columns += [own.sum(1, keepdim=True) for own in per_rank.split(list(self.config.expert_ranks), 1)]
-        total = torch.cat([column.to(columns[0]) for column in columns], 1)
+        total = torch.cat(columns, 1)
         return total if self.shards is None else self.shards.add_up([total])[0]
 
-    def _run_tracking(
-        self, expert: str, parts: Sequence[Part], grads: Sequence[Tensor], rows: Sequence[int], check: GradientCheck
-    ) -> Tensor:
-        """``track_`` over parts of one expert's group: the sums over every row of each, one after the other."""
-        group, results = self._group(expert), [torch.empty(0)] * len(parts)
-        places: dict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
-        for i, part in enumerate(parts):
-            m = part.exp_avg
-            places[m.device, torch.float32 if is_quantized(m) else m.dtype].append(i)
-        for place, chosen in places.items():
-            jobs = [(grads[i], parts[i].exp_avg, parts[i].exp_avg_sq) for i in chosen]
-            own = [rows[i] for i in chosen]
-            shared = Tracking(group["betas"], group["eps"], self.config.score_fn, *check.on(*place))
-            found = self._passes.run(track_all, jobs, shared, own)
-            if len(places) == 1:
-                return found
-            for i, sums in zip(chosen, found.split(own), strict=True):
-                results[i] = sums
-        return join(results)
+    def _run_tracking(self, selection: Selection, grads: Sequence[Tensor], check: GradientCheck) -> Tensor:
+        """``track_`` over all parts: the sums over the rows of each, one after the other."""
+        batches = selection.batches(self._apart()).tracked
+        found: dict[int, Tensor] = {}
+        for batch in batches:
+            group = self.param_groups[batch.key]
+            shared = Tracking(group["betas"], group["eps"], self.config.score_fn, *check.on(*batch.place))
+            jobs = Jobs([grads[i] for i in batch.indices], batch.exp_avg, batch.exp_avg_sq)
+            sums = self._passes.run(track_all, jobs, shared, batch.rows)
+            if len(batches) == 1:
+                return sums
+            found |= zip(batch.indices, sums.split(batch.rows), strict=True)
+        return join([found[i] for i in range(len(found))])
 
-    def _own_sums(self, stacks: Sequence[Stack], found: Sequence[Tensor], shards: Shards) -> Tensor:
+    def _own_sums(self, stacks: Sequence[Stack], found: Tensor, shards: Shards) -> Tensor:
         """This process's share of the sums per rank of every A, and then of every B, (R,) each.
 
         The sums of A's that are sharded take their places; those of a factor that all processes hold count once.
         """
         shares = []
-        modules = [stack.modules[0] for stack in stacks]  # sharded modules are not stacked
-        for (factor, module), sums in zip(product((0, 1), modules), found, strict=True):
+        pairs = [(stack.modules[0], stack.pair) for stack in stacks if stack.pair]  # sharded ones are not stacked
+        parts = [(factor, module, pair[factor]) for factor in (0, 1) for module, pair in pairs]
+        sizes = [len(part.exp_avg) for *_, part in parts]
+        for (factor, module, _), sums in zip(parts, found.split(sizes), strict=True):
             share = sums.new_zeros(sum(self.config.expert_ranks))
             if factor != self._partial_factor(module) or shards.first:
                 start = self._first_rank(module) if factor == 0 else 0
@@ -188,29 +164,23 @@ class MoLFStep(MoLFUpdate):
             shares.append(share)
         return torch.cat(shares)
 
-    def _scores(self, stacks: Sequence[Stack], sums: Tensor) -> Tensor:
+    def _scores(self, selection: Selection, sums: Tensor) -> Tensor:
         """Scores (M, E) from the sums: (η_i / N_i) Σ for "epd", √(Σ / N_i) for "pfn".  Source: section 4.3."""
         rates = [float(self._group(expert)["lr"]) for expert in self.experts]
         epd, factors = self.config.score_fn == "epd", []
-        for stack in stacks:
+        for stack in selection.stacks:
             sizes = stack.modules[0].sizes
             factors += [[rate / size for rate, size in zip(rates, sizes, strict=True)] if epd else sizes] * len(stack)
         return sums * numbers(factors, sums) if epd else (sums / numbers(factors, sums)).sqrt_()
 
-    def _priorities(self, active: Sequence[RoutedModule], scores: Tensor, counts: Sequence[float]) -> Tensor | None:
-        """What decides in place of the scores; None in MoLF."""
-        if self.config.policy == "score":
-            return None
+    def _turns(self, selection: Selection) -> Iterator[tuple[int, int]]:
+        """Index and number of steps of every module, for a policy that asks for them."""
         index = {module.name: i for i, module in enumerate(self.modules)}
-        turns = [(index[module.name], int(count)) for module, count in zip(active, counts, strict=True)]
-        return priorities(self.config, scores, turns)
+        counts = {name: int(stack.count) for stack in selection.stacks for name in stack.names}
+        yield from ((index[name], counts[name]) for name in selection.names)
 
     def _check_gradients(
-        self,
-        stacks: Sequence[Stack],
-        grads: Sequence[Gradients],
-        others: Sequence[OtherStack],
-        other_grads: Sequence[Tensor],
+        self, selection: Selection, grads: Sequence[Gradients], other_grads: Sequence[Tensor]
     ) -> GradientCheck:
         """Whether every gradient is finite, and the clipping factor min(1, c / (‖g‖ + 1e-6)).
 
@@ -223,14 +193,14 @@ class MoLFStep(MoLFUpdate):
         limit = self.config.max_grad_norm
         found: list[tuple[Sequence[str], Tensor]] = []
         partial: list[tuple[str, int, int]] = []
-        for i, (stack, own) in enumerate(zip(stacks, grads, strict=True)):
+        for i, (stack, own) in enumerate(zip(selection.stacks, grads, strict=True)):
             seen_in_B = bool(own.pair) and stack.modules[0].lora_A is None and limit is None
             looked_at = list(zip(stack.dense, own.dense, strict=True))[len(stack.weights) if seen_in_B else 0 :]
-            found += [([self._name(slot) for slot in part.slots], grad) for part, grad in looked_at]
-            names, factor = [module.name for module in stack.modules], self._partial_factor(stack.modules[0])
-            found += [(names, grad) for j, grad in enumerate(own.pair) if j != factor]
-            partial += [] if factor is None or not own.pair else [(names[0], i, factor)]
-        found += [(other.names, grad) for other, grad in zip(others, other_grads, strict=True)]
+            found += [(part.names, grad) for part, grad in looked_at]
+            factor = self._partial_factor(stack.modules[0])
+            found += [(stack.names, grad) for j, grad in enumerate(own.pair) if j != factor]
+            partial += [] if factor is None or not own.pair else [(stack.names[0], i, factor)]
+        found += [([other.name], grad) for other, grad in zip(selection.others, other_grads, strict=True)]
         seen, numbers = look_at(found, limit, self._passes)
         if self.shards is not None:
             *sums, numbers = self.shards.add_up([*(grads[i].pair[factor] for _, i, factor in partial), numbers])
@@ -246,21 +216,3 @@ class MoLFStep(MoLFUpdate):
         if self.shards is None or module.lora_A is not None:
             return None
         return virtual.partial_factor(self._parameter(module.slots[0]), module.transposed)
-
-    def _name(self, slot: Slot) -> str:
-        return self.param_groups[slot[0]]["param_names"][slot[1]]
-
-
-def _totals(stacks: Sequence[Stack], sums: Tensor) -> Tensor:
-    """Sums of weight and bias together, (M,), from those of all parts."""
-    starts = zip(_starts(stacks), stacks, strict=True)
-    modules = [start + k for start, stack in starts for part in stack.dense for k in part.members]
-    if modules == list(range(len(modules))):
-        return sums
-    # two terms of a sum are the same in either order
-    return sums.new_zeros(max(modules) + 1).index_add_(0, numbers(modules, sums, torch.long), sums)
-
-
-def _starts(stacks: Sequence[Stack]) -> list[int]:
-    """The number of each stack's first module among all."""
-    return [0, *accumulate(len(stack) for stack in stacks)][:-1]

@@ -5,178 +5,218 @@ As in ``step.py``, which decides who wins, everything is of stacks: K modules of
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .adamw import Coefficients, Tracking, step_numbers
-from .config import MoLFConfig
 from .guards import GradientCheck
-from .jobs import adamw_all, unrouted_all
+from .jobs import Held, Jobs, adamw_all, unrouted_all
 from .layout import RoutedModule
 from .parts import Part
 from .scalars import numbers
 from .sharding import first_row, locals_of
-from .stacks import OtherStack, Stack
+from .stacks import Batch, Selection, Stack, same
 from .state import MoLFState
-from .virtual import Products, products
+from .virtual import Products, products, shares_storage
 
 Written = tuple[Part, Tensor, Sequence[Tensor], Sequence[int]]
 """A part of several modules, its new value, where the modules keep theirs if not there, and which of them take it."""
 
 
+class _Update(NamedTuple):
+    """What an update remembers until its passes have run.
+
+    Attributes:
+        values: Precise values that are in no state, by the parameter's id.
+        written: What takes the new values of several modules.
+    """
+
+    values: dict[int, Tensor]
+    written: list[Written]
+
+
 class MoLFUpdate(MoLFState):
     """The update of ``MoLFAdamW``; arguments as of ``MoLFState``."""
 
-    def __init__(
-        self, params: Iterable[dict[str, Any]], config: MoLFConfig, modules: Sequence[RoutedModule] = ()
-    ) -> None:
-        self._coefficients: dict[tuple[Any, ...], Coefficients] = {}
-        self._keys: dict[tuple[Any, ...], tuple[Any, ...]] = {}
-        super().__init__(params, config, modules)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """As of the state."""
-        return {**super().__getstate__(), "_coefficients": {}, "_keys": {}}
-
-    def _update(self, stacks: Sequence[Stack], winners: Mapping[str, Sequence[int]]) -> None:
+    def _update(self, selection: Selection, winners: Mapping[str, Sequence[int]]) -> None:
         """AdamW for the winners of these modules, then P follows. Losers are not touched."""
         first = int(self.config.train_base)
-        values: dict[int, Tensor] = {}  # of parameters whose precise value is not in the state
-        jobs: dict[tuple[Any, ...], list[Any]] = defaultdict(list)
-        written: list[Written] = []
-        for stack in stacks:
-            won = [winners[module.name] for module in stack.modules]
-            lora = [[index - first for index in best if index >= first] for best in won]
-            if self._is_virtual(stack.modules[0]):
-                # small layers: as one tensor, every W costs little memory and saves gathering them
-                gathered = any(lora) and self._passes.compiles and len(stack.weights) < len(stack)
-                for module, moves in zip(stack.modules, lora, strict=True):
-                    if moves or gathered or not self.config.keep_base:
-                        self._prepare_base(module, values)
-            for part in stack.dense:
-                moving = [i for i, k in enumerate(part.members) if 0 in won[k]]
-                if moving:
-                    winner = None
-                    if part.value is not None and len(moving) < len(part.members):
-                        winner = numbers([[i in moving] for i in range(len(part.members))], part.value, torch.bool)
-                    job = self._job(part, winner, moving, values, written)
-                    jobs[self._key([self.param_groups[part.slots[0][0]]], stack.count, job)].append(job)
-            if any(lora):
-                self._add_lora_jobs(jobs, stack, lora, values, written)
-        for key, listed in jobs.items():
-            c = self._coefficients[key]
-            for masked in (False, True):
-                chosen = [job for job in listed if (job[-1] is not None) == masked]
-                rows = [len(job[0]) for job in chosen] if masked or c.decay.dim() > 0 else None
-                self._passes.run(adamw_all, chosen, c, rows)
-        for each in written:
+        won = [winners[module.name] for stack in selection.stacks for module in stack.modules]
+        lora = [[index - first for index in best if index >= first] for best in won]
+        update = _Update({}, [])
+        for start, stack in selection.starts:
+            if self._is_virtual(stack.modules[0]) and not stack.owns_bases():
+                stack.products = None
+                self._prepare(stack, lora[start : start + len(stack)], update.values)
+        if self.config.train_base:
+            self._update_dense(selection, [0 in best for best in won], update)
+        if any(lora):
+            self._update_lora(selection, lora, update)
+        for each in update.written:
             self._write_part(*each)
-        self._write_products([each for stack in stacks for each in self._follow(stack, values)])
+        self._write_products([each for stack in selection.stacks for each in self._follow(stack, update.values)])
 
-    def _job(
-        self, part: Part, winner: Tensor | None, which: Sequence[int], values: dict[int, Tensor], written: list[Written]
-    ) -> tuple[Any, ...]:
-        """What ``adamw_`` takes of a part. Values of several modules are gathered; ``written`` says what to do then."""
-        if part.value is not None or len(part.parameters) > 1:
-            held = part.precise({}) if part.value is None else ()
-            value = part.joined(held) if part.value is None else part.value
-            written.append((part, value, held, which))
-            return value, part.exp_avg, part.exp_avg_sq, None, winner
-        value, store = self._precise(part.parameters[0], values)
-        if part.turned:
-            value, store = value.T, None if store is None else store.T
-        return value, part.exp_avg, part.exp_avg_sq, store, winner
+    def _prepare(self, stack: Stack, lora: Sequence[Sequence[int]], values: dict[int, Tensor]) -> None:
+        """Before LoRA experts win: W's of their own for those modules."""
+        # small layers: as one tensor, every W costs little memory and saves gathering them
+        gathered = any(lora) and self._passes.compiles and len(stack.weights) < len(stack)
+        for module, moves in zip(stack.modules, lora, strict=True):
+            if moves or gathered or not self.config.keep_base:
+                self._prepare_base(module, values)
 
-    def _add_lora_jobs(
-        self,
-        jobs: dict[tuple[Any, ...], list[Any]],
-        stack: Stack,
-        lora: Sequence[Sequence[int]],
-        values: dict[int, Tensor],
-        written: list[Written],
-    ) -> None:
+    def _update_dense(self, selection: Selection, won: Sequence[bool], update: _Update) -> None:
+        """W and b of the modules that dense has won, which are numbered in the stacks' order."""
+        for batch in selection.batches(self._apart()).dense:
+            moving = [[i for i, k in enumerate(modules) if won[k]] for modules in batch.modules]
+            if not any(moving):
+                continue
+            masks: list[Tensor | None] = [None] * len(moving)
+            for i, part in enumerate(batch.parts):
+                if part.value is not None and 0 < len(moving[i]) < len(part.members):
+                    masks[i] = numbers([[won[k]] for k in batch.modules[i]], part.value, torch.bool)
+            rates = self._rates([self.param_groups[part.slots[0][0]] for part in batch.parts], batch)
+            self._run_update(batch, rates, moving, masks, update)
+
+    def _update_lora(self, selection: Selection, lora: Sequence[Sequence[int]], update: _Update) -> None:
         """A and Bᵀ, (K R, in) and (K R, out), with the ranks of the winners where not all of them win."""
-        groups, winner = [self._group(expert) for expert in self._lora_experts], None
-        starts, folds = (self._first_rank(stack.modules[0]), 0), ((1.0,), stack.modules[0].folds(self.config.scales))
-        which = [k for k, each in enumerate(lora) if each]
-        for part, fold, start in zip(stack.pair or (), folds, starts, strict=True):
-            ranks = slice(start, start + len(part.exp_avg) // len(stack))
-            if any(len(each) < len(groups) for each in lora):
-                segments = self._segments_on(part.exp_avg.device)
-                won = numbers([[i in each for i in range(len(groups))] for each in lora], segments, torch.bool)
-                winner = won[:, segments][:, ranks].reshape(-1, 1)
-            job = self._job(part, winner, which, values, written)
-            jobs[self._key(groups, stack.count, job, fold, ranks, len(stack))].append(job)
+        groups = [self._group(expert) for expert in self._lora_experts]
+        for batch in selection.batches(self._apart()).lora:
+            moving = [[i for i, k in enumerate(modules) if lora[k]] for modules in batch.modules]
+            if not any(moving):
+                continue
+            masks: list[Tensor | None] = [None] * len(moving)
+            ranks = [self._ranks(stack, part) for stack, part in zip(batch.stacks, batch.parts, strict=True)]
+            for i, modules in enumerate(batch.modules):
+                if moving[i] and any(len(lora[k]) < len(groups) for k in modules):
+                    segments = self._segments_on(batch.place[0])
+                    won = numbers([[j in lora[k] for j in range(len(groups))] for k in modules], segments, torch.bool)
+                    masks[i] = won[:, segments][:, ranks[i]].reshape(-1, 1)
+            self._run_update(batch, self._lora_rates(groups, batch, ranks), moving, masks, update)
+
+    def _ranks(self, stack: Stack, part: Part) -> slice:
+        """The ranks of which a process holds a part of A or Bᵀ."""
+        start = 0 if part.turned else self._first_rank(stack.modules[0])
+        return slice(start, start + len(part.exp_avg) // len(stack))
+
+    def _rates(self, groups: Sequence[dict[str, Any]], batch: Batch) -> list[Coefficients]:
+        """The numbers of a batch's parts, which are of these groups."""
+        n, known = batch.stacks[0].count, {}
+        for group in groups:
+            if id(group) not in known:
+                (decay,), (size,), root = step_numbers([group], n)
+                known[id(group)] = Coefficients(decay, size, root, 1 / root, group["eps"])
+        return [known[id(group)] for group in groups]
+
+    def _lora_rates(self, groups: Sequence[dict[str, Any]], batch: Batch, ranks: Sequence[slice]) -> list[Coefficients]:
+        """The same of LoRA experts' parts of these ranks: one number each, or one per row if rates differ by rank."""
+        known: dict[Any, Coefficients] = {}
+        listed = []
+        for stack, part, own in zip(batch.stacks, batch.parts, ranks, strict=True):
+            folds = stack.modules[0].folds(self.config.scales) if part.turned else (1.0,)
+            *rates, root = step_numbers(groups, stack.count, folds)
+            alike = all(len(set(each)) == 1 for each in rates)
+            key = folds, *(() if alike else (own.start, own.stop, len(stack)))
+            if key not in known:
+                decay, size = (
+                    each[0] if alike else self._per_rank(each, part.exp_avg)[own].repeat(len(stack))[:, None]
+                    for each in rates
+                )
+                known[key] = Coefficients(decay, size, root, 1 / root, groups[0]["eps"])
+            listed.append(known[key])
+        return listed
+
+    def _run_update(
+        self,
+        batch: Batch,
+        rates: list[Coefficients],
+        moving: Sequence[Sequence[int]],
+        masks: Sequence[Tensor | None],
+        update: _Update,
+    ) -> None:
+        """``adamw_`` of parts, of each of which some modules move: where there is a mask, rows of it."""
+        values, stores = self._values(batch, moving, update)
+        rows = [
+            0 if not moves else len(value) if c.by_row or mask is not None else 1
+            for moves, value, mask, c in zip(moving, values, masks, rates, strict=True)
+        ]
+        self._passes.run(adamw_all, Jobs(values, batch.exp_avg, batch.exp_avg_sq, stores, masks), rates, rows)
+
+    def _values(self, batch: Batch, moving: Sequence[Sequence[int]], update: _Update) -> tuple[Held, Held]:
+        """Precise values of all parts, or of those of which something moves, and what takes these rounded."""
+        bases = [part.states[0].get("base") for part in batch.parts]
+        if batch.values is not None and same(bases, batch.bases):
+            values, stores = batch.values
+        else:
+            # a process's parts of sharded tensors are made anew in every step
+            stay = self.config.keep_base and self.shards is None and all(part.stays for part in batch.parts)
+            found = [
+                self._value(part, update.values) if stay or moves else (None, None)
+                for part, moves in zip(batch.parts, moving, strict=True)
+            ]
+            values, stores = (Held(column) for column in zip(*found, strict=True))
+            if stay:
+                batch.values, batch.bases = (values, stores), bases
+        for part, value, moves in zip(batch.parts, values, moving, strict=True):
+            if moves and part.is_joined and (part.value is None or part.has_masters):
+                update.written.append((part, value, part.precise({}) if part.value is None else (), moves))
+        return values, stores
+
+    def _value(self, part: Part, values: dict[int, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """What ``adamw_`` takes of a part: its precise value, gathered if it is of several modules, and a store."""
+        if part.is_joined:
+            return part.joined(part.precise({})) if part.value is None else part.value, None
+        value, store = self._precise(part.parameters[0], values)
+        return (value.T, None if store is None else store.T) if part.turned else (value, store)
 
     def _write_part(self, part: Part, joined: Tensor, held: Sequence[Tensor], which: Sequence[int]) -> None:
         """Let the tensors of several modules take their new values, and those of the model that follow a master."""
         if held:
             part.spread(joined, held, which)
-        if "base" in part.states[0] and "lora_A" not in part.states[0]:
+        if part.has_masters:
             part.spread(joined, part.parameters, which)
 
     def _follow(self, stack: Stack, values: Mapping[int, Tensor]) -> list[Products]:
-        """Let what has no virtual experts follow its precise value; returns what the weights that have will be."""
+        """Let what has no virtual experts follow its precise value; returns what the weights that have will be.
+
+        Nothing is returned of those whose W is the weight itself, as while B = 0.
+        """
         virtual_experts = bool(stack.weights) and self._is_virtual(stack.modules[0])
         for parameter in stack.parameters if values else ():
             if id(parameter) in values and not (virtual_experts and parameter.dim() == 2):
                 self._write(parameter, values)
         if not virtual_experts:
             return []
+        if stack.products is not None:
+            return [stack.products]
         weights = locals_of(weight for part in stack.weights for weight in part.parameters)
         bases = [base for part in stack.weights for base in part.precise(values)]
-        return [products(weights, bases, *stack.virtual_pair(), stack.modules[0].transposed)]
+        made = products(weights, bases, *stack.virtual_pair(), stack.modules[0].transposed)
+        own = [i for i, pair in enumerate(zip(bases, weights, strict=True)) if not shares_storage(*pair)]
+        if len(own) < len(bases):
+            chosen = numbers(own, made.left, torch.long)
+            targets, bases = ([tensors[i] for i in own] for tensors in made[:2])
+            made = Products(targets, bases, made.left[chosen], made.right[chosen])
+        elif self.config.keep_base and self.shards is None:
+            stack.products = made
+        return [made] if own else []
 
-    def _step_others(self, others: Sequence[OtherStack], grads: Sequence[Tensor], check: GradientCheck) -> None:
+    def _step_others(self, selection: Selection, grads: Sequence[Tensor], check: GradientCheck) -> None:
         """AdamW for what is not routed."""
-        values: dict[int, Tensor] = {}
-        written: list[Written] = []
-        jobs: dict[tuple[Any, ...], list[Any]] = defaultdict(list)
-        for other, grad in zip(others, grads, strict=True):
-            *job, _ = self._job(other.part, None, range(len(other.names)), values, written)
-            key = (*self._key([other.group], other.count, job), other.group["betas"])
-            jobs[key].append((*job, grad))
-        for key, listed in jobs.items():
-            c = self._coefficients[key[:-1]]
-            clip, _ = check.on(c.decay.device, c.decay.dtype)
-            self._passes.run(unrouted_all, listed, (Tracking(key[-1], c.eps, self.config.score_fn, clip), c))
-        for each in written:
-            self._write_part(*each)
-        for parameter in [each for other in others for each in other.part.parameters] if values else ():
-            self._write(parameter, values)
-
-    def _key(
-        self,
-        groups: Sequence[Mapping[str, Any]],
-        n: float,
-        job: Sequence[Any],
-        folds: tuple[float, ...] = (1.0,),
-        ranks: slice = slice(None),
-        times: int = 1,
-    ) -> tuple[Any, ...]:
-        """Key of the coefficients of these groups at step n: scalars, or one per rank where LoRA experts' differ.
-
-        Jobs of one key are alike in what varies along their rows; ranks of ``times`` modules follow each other.
-        """
-        value, ids = job[0], tuple(map(id, groups))
-        asked = (ids, n, folds, ranks.start, ranks.stop, times, value.dtype, value.device)
-        if asked in self._keys:
-            return self._keys[asked]
-        decays, sizes, root = step_numbers(groups, n, folds)
-        alike = all(len(set(x)) == 1 for x in (decays, sizes))
-        rows = () if alike else (ranks.start, ranks.stop, times)
-        key = (ids, n, folds, rows, value.dtype, value.device)
-        if key not in self._coefficients:
-            decay, size, correction, inverse = numbers([decays[0], sizes[0], root, 1 / root], value).unbind()
-            if not alike:
-                decay, size = (self._per_rank(x, value)[ranks].repeat(times)[:, None] for x in (decays, sizes))
-            self._coefficients[key] = Coefficients(decay, size, correction, inverse, groups[0]["eps"])
-        self._keys[asked] = key
-        return key
+        update = _Update({}, [])
+        for batch in selection.batches(self._apart()).others:
+            rates = self._rates([other.group for other in batch.stacks], batch)
+            values, stores = self._values(batch, [part.members for part in batch.parts], update)
+            clip, _ = check.on(*batch.place)
+            tracking = Tracking(batch.stacks[0].group["betas"], rates[0].eps, self.config.score_fn, clip)
+            shared = {id(c): (tracking, c) for c in rates}
+            given = [grads[i] for i in batch.indices]
+            jobs = Jobs(values, batch.exp_avg, batch.exp_avg_sq, stores, given)
+            self._passes.run(unrouted_all, jobs, [shared[id(c)] for c in rates])
+        for other in selection.others if update.values else ():
+            self._write(other.part.parameters[0], update.values)
 
     def _first_rank(self, module: RoutedModule) -> int:
         """The first rank of an adapter's A that this process holds; 0 of virtual experts, which have all ranks."""
