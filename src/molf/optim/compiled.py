@@ -114,7 +114,7 @@ class Compiled(ABC):
             moved = [column[i] for column in (values, stores) if column for i in done if rows[i]]
             if moved:
                 torch.autograd.graph.increment_version([tensor for tensor in moved if tensor is not None])
-            yield [taken[i] for i in done]
+            yield done if len(taken) == len(jobs) else [taken[i] for i in done]
 
     def squares(self, tensors: Sequence[Tensor], counts: Sequence[int]) -> Tensor | None:
         """Σ x² over each of so many equal parts of every tensor, part after part; None if that is left to torch."""

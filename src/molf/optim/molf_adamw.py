@@ -133,7 +133,8 @@ class MoLFAdamW(MoLFStep):
         present = self._present()
         whole = all(map(all, present))
         active = [module for module in self.modules if whole or _has_gradients(module, present)]
-        self._check_resumed({module.name for module in active})
+        if self._awaits_gradient:
+            self._check_resumed({module.name for module in active})
         self.decisions = []
         others = [each for each in self._others() if each.parameter.grad is not None]
         if not active and not others:

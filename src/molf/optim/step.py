@@ -167,11 +167,14 @@ class MoLFStep(MoLFUpdate):
     def _scores(self, selection: Selection, sums: Tensor) -> Tensor:
         """Scores (M, E) from the sums: (η_i / N_i) Σ for "epd", √(Σ / N_i) for "pfn".  Source: section 4.3."""
         rates = [float(self._group(expert)["lr"]) for expert in self.experts]
-        epd, factors = self.config.score_fn == "epd", []
+        epd = self.config.score_fn == "epd"
+        factors: list[float] = []
         for stack in selection.stacks:
             sizes = stack.modules[0].sizes
-            factors += [[rate / size for rate, size in zip(rates, sizes, strict=True)] if epd else sizes] * len(stack)
-        return sums * numbers(factors, sums) if epd else (sums / numbers(factors, sums)).sqrt_()
+            own = [rate / size for rate, size in zip(rates, sizes, strict=True)] if epd else list(sizes)
+            factors += own * len(stack)
+        factor = numbers(factors, sums).view_as(sums)
+        return sums * factor if epd else (sums / factor).sqrt_()
 
     def _turns(self, selection: Selection) -> Iterator[tuple[int, int]]:
         """Index and number of steps of every module, for a policy that asks for them."""

@@ -5,6 +5,7 @@ As in ``step.py``, which decides who wins, everything is of stacks: K modules of
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -51,8 +52,9 @@ class MoLFUpdate(MoLFState):
             if self._is_virtual(stack.modules[0]) and not stack.owns_bases():
                 stack.products = None
                 self._prepare(stack, lora[start : start + len(stack)], update.values)
-        if self.config.train_base:
-            self._update_dense(selection, [0 in best for best in won], update)
+        dense = [0 in best for best in won] if self.config.train_base else []
+        if any(dense):
+            self._update_dense(selection, dense, update)
         if any(lora):
             self._update_lora(selection, lora, update)
         for each in update.written:
@@ -113,10 +115,11 @@ class MoLFUpdate(MoLFState):
     def _lora_rates(self, groups: Sequence[dict[str, Any]], batch: Batch, ranks: Sequence[slice]) -> list[Coefficients]:
         """The same of LoRA experts' parts of these ranks: one number each, or one per row if rates differ by rank."""
         known: dict[Any, Coefficients] = {}
-        listed = []
+        listed, n = [], batch.stacks[0].count
+        numbers_of = functools.cache(lambda folds: step_numbers(groups, n, folds))
         for stack, part, own in zip(batch.stacks, batch.parts, ranks, strict=True):
             folds = stack.modules[0].folds(self.config.scales) if part.turned else (1.0,)
-            *rates, root = step_numbers(groups, stack.count, folds)
+            *rates, root = numbers_of(folds)
             alike = all(len(set(each)) == 1 for each in rates)
             key = folds, *(() if alike else (own.start, own.stop, len(stack)))
             if key not in known:
