@@ -147,6 +147,20 @@ def test_groups_with_betas_of_their_own_are_stepped_with_these(compile):
         optimizer.zero_grad()
 
 
+def test_numbers_of_groups_that_are_tensors_are_numbers():
+    """Compiled code takes tensors for rates of every row."""
+    found = []
+    for number in (float, torch.tensor):
+        model = _model(MOLF)
+        optimizer = create_molf_optimizer(model, replace(MOLF, compile=True))
+        for group in optimizer.param_groups:
+            group["betas"] = tuple(number(beta) for beta in (0.5, 0.75))
+            group["lr"], group["weight_decay"] = number(2.0**-10), number(0.25)
+        _train(model, optimizer, range(4))
+        found.append([parameter.detach() for parameter in model.parameters()])
+    assert all(map(torch.equal, *found))
+
+
 @pytest.mark.parametrize("config", [MOLF, EFFICIENT], ids=["molf", "molf-e"])
 def test_copies_and_replaced_tensors_are_seen(config):
     model = _model(config)

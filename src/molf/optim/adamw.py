@@ -74,9 +74,9 @@ def step_numbers(
         n: The step count.
         folds: f, one for all groups or one per group.
     """
-    beta1, beta2 = groups[0]["betas"]
+    beta1, beta2 = map(float, groups[0]["betas"])  # each of them may be a tensor
     rates = [float(group["lr"]) for group in groups]
-    decays = [1 - rate * group["weight_decay"] for rate, group in zip(rates, groups, strict=True)]
+    decays = [1 - rate * float(group["weight_decay"]) for rate, group in zip(rates, groups, strict=True)]
     folds = folds * len(groups) if len(folds) == 1 else folds
     sizes = [-(rate / (1 - beta1**n)) * fold for rate, fold in zip(rates, folds, strict=True)]
     return decays, sizes, (1 - beta2**n) ** 0.5
