@@ -205,3 +205,12 @@ def test_rows_that_a_process_holds(compile: bool, ranks: int) -> None:
     run(adamw_all, [(ours[0][0], ours[0][1], ours[0][2], None, winner)], c, [ranks])
     adamw_(theirs[0][0], theirs[0][1], theirs[0][2], None, winner, c)
     torch.testing.assert_close(ours[0], theirs[0], rtol=1e-6, atol=1e-7)
+
+
+def test_one_masked_row_longer_than_a_block() -> None:
+    value, m, v = (torch.rand(1, 2 * passes.BLOCK) for _ in range(3))
+    expected = value.clone()
+    c = Coefficients(0.9, -0.1, 0.5, 2.0, 1e-8)
+    adamw_(expected, m, v, None, None, c)
+    passes.Passes(False, 0, torch.device("cpu")).run(adamw_all, [(value, m, v, None, torch.tensor([[True]]))], c, [1])
+    torch.testing.assert_close(value, expected)

@@ -147,6 +147,35 @@ def test_groups_with_betas_of_their_own_are_stepped_with_these(compile):
         optimizer.zero_grad()
 
 
+def test_unrouted_parameters_of_one_name_are_all_trained():
+    model, head = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6)), nn.LayerNorm(5)
+    optimizer = create_molf_optimizer(model, MoLFConfig(expert_ranks=(3,), compile=False))
+    optimizer.add_param_group({"params": list(head.parameters()), "param_names": ["1.weight", "1.bias"]})
+    before = [parameter.detach().clone() for parameter in (*model[1].parameters(), *head.parameters())]
+    for parameter in (*model.parameters(), *head.parameters()):
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    for parameter, old in zip((*model[1].parameters(), *head.parameters()), before, strict=True):
+        assert not torch.equal(parameter, old)
+        torch.testing.assert_close(optimizer.state[parameter]["exp_avg"], torch.full_like(old, 0.1))
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_weight_that_is_its_w_again_gets_a_new_one(compile):
+    layer = nn.Linear(200, 200, bias=False)
+    optimizer = create_molf_optimizer(
+        layer_model := nn.Sequential(layer), replace(MOLF, policy="fixed-lora", compile=compile)
+    )
+    _steps(layer_model, optimizer, range(3))
+    state = optimizer.state[layer.weight]
+    state["lora_B"].zero_()
+    layer.weight.data = state["base"]
+    w = layer.weight.detach().clone()
+    _steps(layer_model, optimizer, [3])
+    assert torch.equal(state["base"], w)
+    assert not virtual.shares_storage(state["base"], layer.weight)
+
+
 def test_numbers_of_groups_that_are_tensors_are_numbers():
     """Compiled code takes tensors for rates of every row."""
     found = []

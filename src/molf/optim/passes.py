@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .adamw import Coefficients
-from .jobs import WRITES, CompileError, Job, Pass, track_all
+from .jobs import WRITES, CompileError, Job, Pass, adamw_all, track_all
 from .quantized import is_quantized
 
 BLOCK = 2**16
@@ -74,7 +74,11 @@ class Passes:
             return sums
         groups: dict[Any, list[int]] = defaultdict(list)
         left = {i: job for i, job in enumerate(jobs) if rows[i] and i not in done}
-        rest = {i: job if _varies(numbers[i]) or rows[i] != 1 else flat(job) for i, job in left.items()}
+        masked = function is adamw_all
+        rest = {
+            i: job if _varies(numbers[i]) or rows[i] != 1 or (masked and job[-1] is not None) else flat(job)
+            for i, job in left.items()
+        }
         for i, job in rest.items():
             groups[id(numbers[i]), _alike(job)].append(i)
         found: dict[int, Any] = {}

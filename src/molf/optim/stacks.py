@@ -97,7 +97,10 @@ class Stack:
         """Whether every W was found to be one of its own, and is the same since."""
         if self.products is None:
             return False
-        return same([state.get("base") for part in self.weights for state in part.states], self.products.bases)
+        bases = [state.get("base") for part in self.weights for state in part.states]
+        targets, own = self.products.targets, self.products.bases
+        # someone may have let a weight be its W again
+        return same(bases, own) and not any(map(operator.eq, map(Tensor.data_ptr, targets), map(Tensor.data_ptr, own)))
 
     def virtual_pair(self) -> tuple[Tensor, Tensor]:
         """Virtual A (K, R, in) and Bᵀ (K, R, out)."""
@@ -263,7 +266,7 @@ class Stacks:
 
     Attributes:
         all: The stacks; those of modules that are alike follow each other.
-        others: The parameters that are not routed, by name.
+        others: The parameters that are not routed, by the parameter's id.
         position: Where each parameter's step counter is, by the parameter's id.
     """
 
@@ -285,7 +288,7 @@ class Stacks:
         self._selections: dict[Any, Selection] = {}
         self.all = [self._make(group) for group in self._grouped(modules)]
         self._singles: dict[str, Stack] = {}
-        self.others = {each.name: self._make_other(each) for each in others}
+        self.others = {id(each.parameter): self._make_other(each) for each in others}  # names may be the same
         parts = [part for stack in self.all for part in (*stack.weights, *stack.dense)]
         parts += [part for stack in self.all for part in stack.pair or ()] + [
             other.part for other in self.others.values()
@@ -312,7 +315,11 @@ class Stacks:
         counts = [n + 1 for n in self._steps.tolist()]
         least = min(counts)
         # how many steps each is ahead says what can be stepped together
-        key = tuple(each.name for each in active), tuple(each.name for each in others), tuple(n - least for n in counts)
+        key = (
+            tuple(each.name for each in active),
+            tuple(id(each.parameter) for each in others),
+            tuple(n - least for n in counts),
+        )
         if key not in self._selections:
             if len(self._selections) > len(counts):
                 self._selections.clear()
@@ -333,7 +340,7 @@ class Stacks:
             stacks += [stack] if together else map(self._single, here)
         if len(active) == 1:  # as in the backward pass, where every module has its own step
             stacks = [self._single(active[0])]
-        return Selection(stacks, [self.others[each.name] for each in others], self._index)
+        return Selection(stacks, [self.others[id(each.parameter)] for each in others], self._index)
 
     def advance(self, selection: Selection) -> None:
         """Count a step of these modules and of these parameters."""
