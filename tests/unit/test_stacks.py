@@ -147,6 +147,19 @@ def test_groups_with_betas_of_their_own_are_stepped_with_these(compile):
         optimizer.zero_grad()
 
 
+def test_few_selections_are_kept_where_other_modules_take_part_in_every_step():
+    model = nn.ModuleList([nn.Linear(4, 4) for _ in range(12)])
+    optimizer = create_molf_optimizer(model, MoLFConfig(expert_ranks=(2,)))
+    for step in range(40):
+        for i in torch.randperm(12, generator=torch.Generator().manual_seed(step))[:6]:
+            for parameter in model[int(i)].parameters():
+                parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad()
+    kept = optimizer.stacks()._selections.values()
+    assert 1 <= sum(len(each.positions) for each in kept) <= 5 * 24
+
+
 def test_unrouted_parameters_of_one_name_are_all_trained():
     model, head = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6)), nn.LayerNorm(5)
     optimizer = create_molf_optimizer(model, MoLFConfig(expert_ranks=(3,), compile=False))

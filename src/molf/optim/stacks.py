@@ -8,7 +8,9 @@ the number of stacks. Large weights stay as they are.
 
 from __future__ import annotations
 
+import math
 import operator
+from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -313,16 +315,14 @@ class Stacks:
     def of(self, active: Sequence[RoutedModule], others: Sequence[Unrouted]) -> Selection:
         """What takes part in a step: whole stacks, and one by one what is left of a stack or has made other steps."""
         counts = [n + 1 for n in self._steps.tolist()]
-        least = min(counts)
+        least = min(counts) if len(active) + len(others) > 1 else math.inf
         # how many steps each is ahead says what can be stepped together
-        key = (
-            tuple(each.name for each in active),
-            tuple(id(each.parameter) for each in others),
-            tuple(n - least for n in counts),
-        )
+        ahead = array("d", [n - least for n in counts]).tobytes() if least < math.inf else b""
+        key = tuple(each.name for each in active), tuple(id(each.parameter) for each in others), ahead
         if key not in self._selections:
-            if len(self._selections) > len(counts):
-                self._selections.clear()
+            # of modules that change from step to step, as of a mixture of experts, few selections come again
+            while sum(len(each.positions) for each in self._selections.values()) > 4 * len(counts):
+                del self._selections[next(iter(self._selections))]
             self._selections[key] = self._select(active, others, counts)
         selection = self._selections[key]
         for stack in selection.stacks:
