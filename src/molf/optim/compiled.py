@@ -103,8 +103,9 @@ class Compiled(ABC):
         places.append(first_addresses(sums, rows) if function is track_all else None)
         kind, numbers, rates = _numbers(function, shared, len(jobs))
         if len(taken) < len(jobs):
-            parts = ([column and [column[i] for i in taken] for column in each] for each in (columns, places, rates))
-            columns, places, rates = parts
+            columns, places, rates = (
+                [column and [column[i] for i in taken] for column in each] for each in (columns, places, rates)
+            )
             rows = [rows[i] for i in taken]
         grads, moments, _, values, stores, _ = columns
         widths = [t.numel() // max(1, count) for t, count in zip(moments or (), rows, strict=True)]

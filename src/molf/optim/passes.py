@@ -74,11 +74,7 @@ class Passes:
             return sums
         groups: dict[Any, list[int]] = defaultdict(list)
         left = {i: job for i, job in enumerate(jobs) if rows[i] and i not in done}
-        masked = function is adamw_all
-        rest = {
-            i: job if _varies(numbers[i]) or rows[i] != 1 or (masked and job[-1] is not None) else flat(job)
-            for i, job in left.items()
-        }
+        rest = {i: job if rows[i] != 1 or _differs(function, job, numbers[i]) else flat(job) for i, job in left.items()}
         for i, job in rest.items():
             groups[id(numbers[i]), _alike(job)].append(i)
         found: dict[int, Any] = {}
@@ -189,6 +185,11 @@ def _is_flat(tensor: Tensor | None) -> bool:
 def _varies(shared: Any) -> bool:
     """Whether the numbers vary along the rows."""
     return isinstance(shared, Coefficients) and shared.by_row
+
+
+def _differs(function: Pass, job: Job, shared: Any) -> bool:
+    """Whether the rows may differ in their numbers, or in who moves."""
+    return _varies(shared) or (function is adamw_all and job[-1] is not None)
 
 
 def _alike(job: Job) -> tuple[Any, ...]:

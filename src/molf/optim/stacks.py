@@ -1,4 +1,4 @@
-"""Routed modules as a step works on them: what is small of those of one shape, as one.
+"""All modules of an optimizer in stacks: which are stepped together, and in which tensors what is small of them lies.
 
 What a step of small tensors costs is calls, not arithmetic. A ``Stack`` is K modules of one shape. Their LoRA experts'
 moments, with the experts where they are virtual, and the moments of weights and biases that are small, with their W or
@@ -9,26 +9,21 @@ the number of stacks. Large weights stay as they are.
 from __future__ import annotations
 
 import math
-import operator
 from array import array
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from itertools import accumulate
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .config import MoLFConfig
-from .jobs import Held
 from .layout import RoutedModule, Slot
 from .parts import Part, shared
 from .quantized import is_quantized
-from .scalars import numbers
+from .selection import Other, Selection, Stack, same
 from .sharding import is_distributed
-from .virtual import Products, shares_storage
+from .virtual import shares_storage
 
 STACK_FROM = 2**15
 """Tensors of the model with this many elements are not gathered: their gradients would be copied for nothing."""
@@ -50,210 +45,6 @@ class Unrouted(NamedTuple):
     group: dict[str, Any]
     parameter: Tensor
     name: str
-
-
-@dataclass(eq=False)
-class Other:
-    """A parameter that is not routed; attributes as of ``Unrouted`` and ``Stack``."""
-
-    group: dict[str, Any]
-    name: str
-    position: int
-    part: Part
-    count: float = 0.0
-
-
-@dataclass(eq=False)
-class Stack:
-    """K modules of one shape.
-
-    Attributes:
-        modules: The modules.
-        parameters: All their parameters.
-        positions: Where the step counters of each module's parameters are among all.
-        weights: Their weights, as one part of all or one of each; none where these are frozen under an adapter.
-        dense: The parts of weights, and those of biases, where they are trained.
-        pair: A and Bᵀ, each of all modules.
-        count: Number of steps, the present one included.
-        products: What the weights are made of where every W is one of its own, as it was last found.
-    """
-
-    modules: tuple[RoutedModule, ...]
-    parameters: list[Tensor]
-    positions: list[list[int]]
-    weights: list[Part]
-    dense: list[Part]
-    pair: tuple[Part, Part] | None
-    count: float = 0.0
-    products: Products | None = None
-
-    def __len__(self) -> int:
-        return len(self.modules)
-
-    @cached_property
-    def names(self) -> list[str]:
-        """Of the modules."""
-        return [module.name for module in self.modules]
-
-    def owns_bases(self) -> bool:
-        """Whether every W was found to be one of its own, and is the same since."""
-        if self.products is None:
-            return False
-        bases = [state.get("base") for part in self.weights for state in part.states]
-        targets, own = self.products.targets, self.products.bases
-        # someone may have let a weight be its W again
-        return same(bases, own) and not any(map(operator.eq, map(Tensor.data_ptr, targets), map(Tensor.data_ptr, own)))
-
-    def virtual_pair(self) -> tuple[Tensor, Tensor]:
-        """Virtual A (K, R, in) and Bᵀ (K, R, out)."""
-        A, B = (part.value for part in self.pair or () if part.value is not None)
-        rank = len(A) // len(self)  # a process may hold no row of a weight, and so no column of B
-        return A.view(len(self), rank, A.shape[1]), B.view(len(self), rank, B.shape[1])
-
-
-@dataclass(eq=False)
-class Batch:
-    """Parts that a pass takes in one call.
-
-    Attributes:
-        key: What they have in common.
-        place: Device and dtype of their values.
-        indices: Their numbers among all that were grouped.
-        stacks: The stack of each; all are of as many steps.
-        parts: The parts.
-        modules: Of each the numbers of its modules in the order of all stacks.
-        rows: Of each how many modules it has, or ranks: over each the scores sum.
-        exp_avg: Their m.
-        exp_avg_sq: Their v.
-        values: Their precise values and what takes these rounded, where both stay the same from step to step.
-        bases: The W or master of each when ``values`` was made.
-    """
-
-    key: Any
-    place: tuple[torch.device, torch.dtype]
-    indices: list[int]
-    stacks: list[Any]
-    parts: list[Part]
-    modules: list[range]
-    rows: list[int]
-    exp_avg: Held
-    exp_avg_sq: Held
-    values: tuple[Held, Held] | None = None
-    bases: Sequence[Tensor | None] = ()
-
-
-class Batches(NamedTuple):
-    """The batches of a step.
-
-    Attributes:
-        tracked: Weights and biases, then every A, and then every Bᵀ; the key is a parameter group's index.
-        dense: Weights and biases by their number of steps.
-        lora: Every A and Bᵀ, likewise.
-        others: What is not routed, likewise.
-    """
-
-    tracked: list[Batch]
-    dense: list[Batch]
-    lora: list[Batch]
-    others: list[Batch]
-
-
-def in_batches(listed: Iterable[tuple[Any, int, Any, Part]]) -> list[Batch]:
-    """Parts of one key, device and dtype together.
-
-    Args:
-        listed: Keys, numbers of the stacks' first modules, stacks, parts.
-    """
-    groups: dict[Any, list[Any]] = defaultdict(list)
-    for i, (key, start, stack, part) in enumerate(listed):
-        m = part.exp_avg
-        place = m.device, torch.float32 if is_quantized(m) else m.dtype
-        modules = range(start + part.members.start, start + part.members.stop)
-        groups[key, place].append((i, stack, part, modules, len(m) if part.by_row else len(modules)))
-    made = []
-    for (key, place), group in groups.items():
-        columns: list[Any] = [list(column) for column in zip(*group, strict=True)]
-        columns += [Held(getattr(part, name) for part in columns[2]) for name in MOMENTS]
-        made.append(Batch(key, place, *columns))
-    return made
-
-
-class Selection:
-    """What takes part in a step, with what there is to know of it before its gradients.
-
-    Args:
-        stacks: Whole stacks, and one by one what is left of a stack or has made other steps.
-        others: Parameters that are not routed.
-        index: The number of each module in model order, by its name.
-
-    Attributes:
-        names: Of the modules, in model order.
-        positions: Where the step counters of all parameters are.
-        starts: The stacks, each after the number of its first module in the order of all stacks.
-    """
-
-    def __init__(self, stacks: list[Stack], others: list[Other], index: Mapping[str, int]) -> None:
-        self.stacks, self.others, self._index = stacks, others, index
-        self.starts = list(zip(accumulate(map(len, stacks), initial=0), stacks, strict=False))
-        listed = [name for stack in stacks for name in stack.names]
-        self._order = sorted(range(len(listed)), key=lambda i: index[listed[i]])
-        self.names = tuple(listed[i] for i in self._order)
-        self.positions = [each for stack in stacks for positions in stack.positions for each in positions]
-        self.positions += [other.position for other in others]
-        self._kept: dict[Any, Any] = {}
-
-    def batches(self, lora: int | None) -> Batches:
-        """What passes take, of several parameter groups in one batch.
-
-        Args:
-            lora: None if all groups have the same betas and ε. Else they are apart, and this is the index of the LoRA
-                experts' first one.
-        """
-        return self.keep(lora, lambda: self._make_batches(lora))
-
-    def _make_batches(self, lora: int | None) -> Batches:
-        dense = [(start, stack, part) for start, stack in self.starts for part in stack.dense]
-        pairs = [(start, stack, stack.pair) for start, stack in self.starts if stack.pair is not None]
-        factors = [(start, stack, pair[factor]) for factor in (0, 1) for start, stack, pair in pairs]
-        groups = [0 if lora is None else part.slots[0][0] for *_, part in dense]
-        own = [0 if lora is None else id(other.group) for other in self.others]
-        tracked = zip([*groups, *[lora or 0] * len(factors)], [*dense, *factors], strict=True)
-        return Batches(
-            in_batches((group, *each) for group, each in tracked),
-            in_batches(((group, each[1].count), *each) for group, each in zip(groups, dense, strict=True)),
-            in_batches((each[1].count, *each) for each in factors),
-            in_batches(((group, each.count), 0, each, each.part) for group, each in zip(own, self.others, strict=True)),
-        )
-
-    @cached_property
-    def dense_rows(self) -> list[int]:
-        """Of every row of the weights and biases its module's number in the order of all stacks."""
-        return [start + k for start, stack in self.starts for part in stack.dense for k in part.members]
-
-    @cached_property
-    def single(self) -> list[Selection]:
-        """The stacks one by one."""
-        return [Selection([stack], [], self._index) for stack in self.stacks]
-
-    def keep(self, key: Any, make: Callable[[], Any]) -> Any:
-        """What ``make`` returns, which is asked once for a key."""
-        if key not in self._kept:
-            self._kept[key] = make()
-        return self._kept[key]
-
-    def in_model_order(self, rows: Tensor) -> Tensor:
-        """One row of each module, which come in the stacks' order."""
-        if self._order == list(range(len(self._order))):
-            return rows
-        return rows[self.keep(("order", rows.device), lambda: numbers(self._order, rows, torch.long))]
-
-    def by_module(self, sums: Tensor) -> Tensor:
-        """The sums of weights and of biases together, (M,), in the stacks' order."""
-        if self.dense_rows == list(range(len(self.dense_rows))):
-            return sums
-        index = self.keep(("dense", sums.device), lambda: numbers(self.dense_rows, sums, torch.long))
-        # two terms of a sum are the same in either order
-        return sums.new_zeros(max(self.dense_rows) + 1).index_add_(0, index, sums)
 
 
 class Stacks:
@@ -292,9 +83,7 @@ class Stacks:
         self._singles: dict[str, Stack] = {}
         self.others = {id(each.parameter): self._make_other(each) for each in others}  # names may be the same
         parts = [part for stack in self.all for part in (*stack.weights, *stack.dense)]
-        parts += [part for stack in self.all for part in stack.pair or ()] + [
-            other.part for other in self.others.values()
-        ]
+        parts += [part for stack in self.all for part in stack.pair or ()]
         self._gathered = {id(each) for part in parts if len(part.parameters) > 1 for each in part.parameters}
         self._held, self._held_firm, self._shapes = self._tensors(), self._firm(), self._shapes_now()
 
@@ -463,11 +252,6 @@ class Stacks:
             tensors.append(shared(states, "base", by_row, turned))
         named = [self._groups[group]["param_names"][i] for group, i in slots]
         return Part(list(slots), named, members, parameters, states, by_row, turned, *tensors)
-
-
-def same(found: Sequence[Any], held: Sequence[Any]) -> bool:
-    """Whether both have the same things."""
-    return len(found) == len(held) and all(map(operator.is_, found, held))
 
 
 def _is_special(tensor: Tensor) -> bool:

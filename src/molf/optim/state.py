@@ -16,6 +16,7 @@ from .checkpoint import DECISIVE, check_loadable, with_bare_groups
 from .config import MoLFConfig
 from .guards import WrittenTensors
 from .layout import RoutedModule, Slot
+from .parts import Part
 from .passes import Passes
 from .scalars import numbers
 from .sharding import ProcessesDifferError, Shards, compare_replicas, fitted, local
@@ -287,13 +288,14 @@ class MoLFState(Optimizer):
     def _group(self, expert: str) -> dict[str, Any]:
         return next(group for group in self.param_groups if group["expert"] == expert)
 
-    def _apart(self) -> int | None:
-        """None if all groups have the same betas and ε, which schedulers may change; else as of ``batches``."""
+    def _group_of(self, part: Part) -> dict[str, Any]:
+        """The group of a weight, a bias, or A and B, whose first expert's it is."""
+        return self._group(self._lora_experts[0]) if part.by_row else self.param_groups[part.slots[0][0]]
+
+    def _is_uniform(self) -> bool:
+        """Whether all groups have the same betas and ε, which schedulers may change."""
         first = self.param_groups[0]
-        if all(group["betas"] == first["betas"] and group["eps"] == first["eps"] for group in self.param_groups):
-            return None
-        experts = [group["expert"] for group in self.param_groups]
-        return next((experts.index(expert) for expert in self._lora_experts), 0)
+        return all(group["betas"] == first["betas"] and group["eps"] == first["eps"] for group in self.param_groups)
 
     @property
     def _lora_experts(self) -> tuple[str, ...]:

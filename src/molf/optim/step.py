@@ -21,8 +21,9 @@ from .layout import RoutedModule
 from .policy import priorities
 from .routing import Decision, decide
 from .scalars import join, numbers
+from .selection import Selection, Stack
 from .sharding import Shards
-from .stacks import Selection, Stack, Stacks, Unrouted
+from .stacks import Stacks, Unrouted
 from .update import MoLFUpdate
 
 
@@ -124,7 +125,7 @@ class MoLFStep(MoLFUpdate):
         given = [grad for each in grads for grad in each.dense]
         given += [each.pair[factor] for factor in (0, 1) for each in grads if each.pair]
         sums = self._run_tracking(selection, given, check)
-        dense, pairs = sums.tensor_split([len(selection.dense_rows)])
+        dense, pairs = sums.tensor_split([selection.dense_rows])
         columns = [selection.by_module(dense)[:, None]] if self.config.train_base else []
         if self.config.expert_ranks:
             pairs = pairs if self.shards is None else self._own_sums(selection.stacks, pairs, self.shards)
@@ -135,10 +136,10 @@ class MoLFStep(MoLFUpdate):
 
     def _run_tracking(self, selection: Selection, grads: Sequence[Tensor], check: GradientCheck) -> Tensor:
         """``track_`` over all parts: the sums over the rows of each, one after the other."""
-        batches = selection.batches(self._apart()).tracked
+        batches = selection.batches(self._is_uniform()).tracked
         found: dict[int, Tensor] = {}
         for batch in batches:
-            group = self.param_groups[batch.key]
+            group = self._group_of(batch.parts[0])
             shared = Tracking(group["betas"], group["eps"], self.config.score_fn, *check.on(*batch.place))
             jobs = Jobs([grads[i] for i in batch.indices], batch.exp_avg, batch.exp_avg_sq)
             sums = self._passes.run(track_all, jobs, shared, batch.rows)

@@ -18,8 +18,8 @@ from .jobs import Held, Jobs, adamw_all, unrouted_all
 from .layout import RoutedModule
 from .parts import Part
 from .scalars import numbers
+from .selection import Batch, Selection, Stack, same
 from .sharding import first_row, locals_of
-from .stacks import Batch, Selection, Stack, same
 from .state import MoLFState
 from .virtual import Products, products, shares_storage
 
@@ -62,7 +62,7 @@ class MoLFUpdate(MoLFState):
         self._write_products([each for stack in selection.stacks for each in self._follow(stack, update.values)])
 
     def _prepare(self, stack: Stack, lora: Sequence[Sequence[int]], values: dict[int, Tensor]) -> None:
-        """Before LoRA experts win: W's of their own for those modules."""
+        """W's of their own for modules that LoRA experts have won; without W in the state, in ``values`` for all."""
         # small layers: as one tensor, every W costs little memory and saves gathering them
         gathered = any(lora) and self._passes.compiles and len(stack.weights) < len(stack)
         for module, moves in zip(stack.modules, lora, strict=True):
@@ -71,7 +71,7 @@ class MoLFUpdate(MoLFState):
 
     def _update_dense(self, selection: Selection, won: Sequence[bool], update: _Update) -> None:
         """W and b of the modules that dense has won, which are numbered in the stacks' order."""
-        for batch in selection.batches(self._apart()).dense:
+        for batch in selection.batches(self._is_uniform()).dense:
             moving = [[i for i, k in enumerate(modules) if won[k]] for modules in batch.modules]
             if not any(moving):
                 continue
@@ -79,13 +79,13 @@ class MoLFUpdate(MoLFState):
             for i, part in enumerate(batch.parts):
                 if part.value is not None and 0 < len(moving[i]) < len(part.members):
                     masks[i] = numbers([[won[k]] for k in batch.modules[i]], part.value, torch.bool)
-            rates = self._rates([self.param_groups[part.slots[0][0]] for part in batch.parts], batch)
+            rates = self._rates([self._group_of(part) for part in batch.parts], batch)
             self._run_update(batch, rates, moving, masks, update)
 
     def _update_lora(self, selection: Selection, lora: Sequence[Sequence[int]], update: _Update) -> None:
         """A and Bᵀ, (K R, in) and (K R, out), with the ranks of the winners where not all of them win."""
         groups = [self._group(expert) for expert in self._lora_experts]
-        for batch in selection.batches(self._apart()).lora:
+        for batch in selection.batches(self._is_uniform()).lora:
             moving = [[i for i, k in enumerate(modules) if lora[k]] for modules in batch.modules]
             if not any(moving):
                 continue
@@ -209,7 +209,7 @@ class MoLFUpdate(MoLFState):
     def _step_others(self, selection: Selection, grads: Sequence[Tensor], check: GradientCheck) -> None:
         """AdamW for what is not routed."""
         update = _Update({}, [])
-        for batch in selection.batches(self._apart()).others:
+        for batch in selection.batches(self._is_uniform()).others:
             rates = self._rates([other.group for other in batch.stacks], batch)
             values, stores = self._values(batch, [part.members for part in batch.parts], update)
             clip, _ = check.on(*batch.place)
