@@ -189,6 +189,23 @@ def test_a_weight_that_is_its_w_again_gets_a_new_one(compile):
     assert not virtual.shares_storage(state["base"], layer.weight)
 
 
+@pytest.mark.parametrize("routed", [True, False])
+def test_a_weight_that_is_transposed_in_its_place_is_stepped_like_adamw(routed):
+    """Its address and shape stay, and compiled code goes by addresses."""
+    model = nn.Sequential(nn.Linear(200, 200, bias=False), nn.Linear(200, 2))
+    alone = copy.deepcopy(model)
+    targets = ["0"] if routed else ["1"]
+    config = replace(MOLF, expert_ranks=(), lora_alpha=None, target_modules=targets, compile=True)
+    optimizer = create_molf_optimizer(model, config)
+    adamw = torch.optim.AdamW(twin_groups(optimizer, model, alone), lr=MOLF.lr)
+    for step in range(3):
+        for each, stepped in ((model, optimizer), (alone, adamw)):
+            if step == 1:
+                each[0].weight.data = each[0].weight.data.t()
+            _steps(each, stepped, [step])
+    torch.testing.assert_close(model[0].weight, alone[0].weight, rtol=0, atol=1e-6)
+
+
 def test_numbers_of_groups_that_are_tensors_are_numbers():
     """Compiled code takes tensors for rates of every row."""
     found = []

@@ -184,10 +184,11 @@ class Compiled(ABC):
         ]
 
     def _all_fit(self, dtypes: Iterable[torch.dtype], column: Sequence[Any], places: Sequence[int]) -> bool:
-        """Whether all tensors of a column do; of one that is held that is so as long as they are where they were."""
+        """Whether all tensors of a column do; of one that is held, where they were and contiguous, that is so."""
+        present = [tensor for tensor in column if tensor is not None]
         if isinstance(column, Held) and column.seen == places:
-            return True
-        fit = self._fit(dtypes, [tensor for tensor in column if tensor is not None])
+            return all(map(Tensor.is_contiguous, present))  # ``data`` may have been transposed in its place
+        fit = self._fit(dtypes, present)
         if isinstance(column, Held) and fit:
             column.seen = places
         return fit

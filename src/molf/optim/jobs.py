@@ -14,7 +14,7 @@ Job = tuple[Any, ...]
 
 
 class Held(tuple[Any, ...]):
-    """One tensor of every job, the same ones in every step: compiled code looks once at what they are.
+    """One tensor of every job, the same ones in every step: compiled code looks once at their types and dtypes.
 
     Attributes:
         seen: Their addresses when it did. Where one is another now, its ``data`` was replaced, and it looks again.
