@@ -1,6 +1,7 @@
 """Modules of one shape are stepped as one, and nobody can tell but by the number of calls."""
 
 import copy
+import math
 from collections import Counter
 from dataclasses import replace
 
@@ -147,6 +148,22 @@ def test_groups_with_betas_of_their_own_are_stepped_with_these(compile):
         optimizer.zero_grad()
 
 
+@pytest.mark.parametrize("compile", [True, False])
+def test_groups_with_an_epsilon_of_their_own_are_stepped_with_it(compile):
+    model = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 2))
+    alone = copy.deepcopy(model)
+    config = replace(MOLF, expert_ranks=(), lora_alpha=None, target_modules=["0"], compile=compile)
+    optimizer = create_molf_optimizer(model, config)
+    adamw = torch.optim.AdamW(twin_groups(optimizer, model, alone), lr=MOLF.lr)
+    for i, groups in enumerate(zip(optimizer.param_groups, adamw.param_groups, strict=True)):
+        for group in groups:
+            group["eps"] = 0.01 * i
+    for each, stepped in ((model, optimizer), (alone, adamw)):
+        _steps(each, stepped, range(2))
+    for parameter, other in zip(model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(parameter, other, rtol=1e-6, atol=1e-7)
+
+
 def test_few_selections_are_kept_where_other_modules_take_part_in_every_step():
     model = nn.ModuleList([nn.Linear(4, 4) for _ in range(12)])
     optimizer = create_molf_optimizer(model, MoLFConfig(expert_ranks=(2,)))
@@ -158,6 +175,17 @@ def test_few_selections_are_kept_where_other_modules_take_part_in_every_step():
         optimizer.zero_grad()
     kept = optimizer.stacks()._selections.values()
     assert 1 <= sum(len(each.positions) for each in kept) <= 5 * 24
+
+
+def test_a_group_that_is_replaced_in_its_list_is_the_group():
+    model = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6))
+    optimizer = create_molf_optimizer(model, MoLFConfig(expert_ranks=(3,)))
+    _steps(model, optimizer, [0])
+    for i, group in enumerate(optimizer.param_groups):
+        optimizer.param_groups[i] = {**group, "lr": 0.0}
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    _steps(model, optimizer, [1])
+    assert all(map(torch.equal, model.parameters(), before))
 
 
 def test_unrouted_parameters_of_one_name_are_all_trained():
@@ -187,6 +215,20 @@ def test_a_weight_that_is_its_w_again_gets_a_new_one(compile):
     _steps(layer_model, optimizer, [3])
     assert torch.equal(state["base"], w)
     assert not virtual.shares_storage(state["base"], layer.weight)
+
+
+def test_a_w_that_is_replaced_in_the_state_is_the_w():
+    """As by code that moves a state to another device and back."""
+    layer = nn.Linear(200, 200, bias=False)
+    optimizer = create_molf_optimizer(model := nn.Sequential(layer), replace(MOLF, policy="fixed-lora"))
+    _steps(model, optimizer, range(3))
+    state = optimizer.state[layer.weight]
+    old, before = state["base"], layer.weight.detach().clone()
+    state["base"] = old.clone()
+    old.fill_(math.nan)
+    _steps(model, optimizer, [3])
+    assert not torch.equal(layer.weight, before)
+    assert layer.weight.isfinite().all()
 
 
 @pytest.mark.parametrize("routed", [True, False])

@@ -89,17 +89,6 @@ def check_unchanged(name: str, parameter: Tensor, state: dict[str, Any], keep_ba
         raise RuntimeError(f"{name} is {parameter.dtype} now: convert the model before its optimizer is made")
 
 
-def refuse_sparse(names: Iterable[str], parameters: Iterable[Tensor]) -> None:
-    """Refuse gradients that have no moments.
-
-    Raises:
-        ValueError: If one is sparse.
-    """
-    for name, parameter in zip(names, parameters, strict=True):
-        if (grad := parameter.grad) is not None and grad.is_sparse:
-            raise ValueError(f"{name} has a sparse gradient, which has no moments: make its layer with sparse=False")
-
-
 @dataclass(frozen=True)
 class GradientCheck:
     """What is known of all gradients before a step.

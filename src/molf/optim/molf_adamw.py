@@ -68,7 +68,7 @@ class MoLFAdamW(MoLFStep):
         super().__init__(params, config, modules)
         if config.step_in_backward:
             units = [[self._parameter(slot) for slot in module.slots] for module in self.modules]
-            units += [[each.parameter] for each in self._others()]
+            units += [[self._parameter(slot)] for slot in self._unrouted()]
             self._in_backward = BackwardHooks(units, self._step_unit)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -136,7 +136,7 @@ class MoLFAdamW(MoLFStep):
         if self._awaits_gradient:
             self._check_resumed({module.name for module in active})
         self.decisions = []
-        others = [each for each in self._others() if each.parameter.grad is not None]
+        others = [(i, j) for i, j in self._unrouted() if present[i][j]]
         if not active and not others:
             warnings.warn(
                 "step: no parameter of this optimizer has a gradient, nothing was updated; make the optimizer from the "
@@ -158,7 +158,7 @@ class MoLFAdamW(MoLFStep):
         if index < len(self.modules):
             self._step([self.modules[index]], [])
         else:
-            self._step([], [self._others()[index - len(self.modules)]])
+            self._step([], [self._unrouted()[index - len(self.modules)]])
 
     def _finish_backward(self, hooks: BackwardHooks) -> None:
         """What is left of the step when the backward pass has made it."""

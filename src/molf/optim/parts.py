@@ -23,7 +23,7 @@ class Part:
     K > 1 tensors (r, c) are (K r, c) if ``by_row``, else (K, r c); a single one keeps its shape.
 
     Attributes:
-        slots: Where the tensors are, or of virtual A and B the layers' weights; none of what is not routed.
+        slots: Where the tensors are, or of virtual A and B the layers' weights.
         names: Their names.
         members: Which modules of the stack these are.
         parameters: The tensors of the model, K of them; of virtual A and B, which are in no model, the layers' weights.
@@ -76,21 +76,23 @@ class Part:
         torch._foreach_copy_([targets[i] for i in chosen], [parts[i] for i in chosen])
 
     def gradient(self) -> Tensor:
-        """G of all parameters, of what this process holds."""
-        return self.joined(gradients(self.parameters))
+        """G of all parameters, of what this process holds, with the sign in its data.
+
+        Raises:
+            ValueError: If the gradient of one is sparse.
+        """
+        found = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        if len(found) < len(self.parameters):
+            raise RuntimeError("a gradient disappeared during the step")
+        if any(grad.is_sparse for grad in found):
+            name = next(name for name, grad in zip(self.names, found, strict=True) if grad.is_sparse)
+            raise ValueError(f"{name} has a sparse gradient, which has no moments: make its layer with sparse=False")
+        return self.joined([grad.resolve_neg() for grad in locals_of(found)])
 
     def precise(self, values: Mapping[int, Tensor]) -> list[Tensor]:
         """The precise value of each parameter: one of ``values`` by its id, its master, or itself."""
         pairs = zip(self.parameters, self.states, strict=True)
         return locals_of(values.get(id(parameter), state.get("base", parameter)) for parameter, state in pairs)
-
-
-def gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
-    """The parameters' gradients, of sharded ones the parts that this process holds, with the sign in their data."""
-    found = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if len(found) < len(parameters):
-        raise RuntimeError("a gradient disappeared during the step")
-    return [grad.resolve_neg() for grad in locals_of(found)]
 
 
 def _stacked(tensors: Sequence[Tensor]) -> Tensor:

@@ -27,10 +27,14 @@ from .virtual import Products
 
 @dataclass(eq=False)
 class Other:
-    """A parameter that is not routed; attributes as of ``Unrouted`` (stacks.py) and ``Stack``."""
+    """A parameter that is not routed.
 
-    group: dict[str, Any]
-    name: str
+    Attributes:
+        position: Where its step counter is among all.
+        part: It alone.
+        count: Number of steps, the present one included.
+    """
+
     position: int
     part: Part
     count: float = 0.0
@@ -187,7 +191,7 @@ class Selection:
         pairs = [(start, stack, stack.pair) for start, stack in self.starts if stack.pair is not None]
         lora = [(start, stack, pair[factor]) for factor in (0, 1) for start, stack, pair in pairs]
         groups = [None if uniform else part.slots[0][0] for *_, part in dense]
-        own = [None if uniform else id(other.group) for other in self.others]
+        own = [None if uniform else other.part.slots[0][0] for other in self.others]
         kinds = [*groups, *[None if uniform else "lora"] * len(lora)]
         return Batches(
             in_batches((kind, *each) for kind, each in zip(kinds, [*dense, *lora], strict=True)),

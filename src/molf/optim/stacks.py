@@ -12,7 +12,7 @@ import math
 from array import array
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,34 +39,26 @@ VIRTUAL = tuple((f"{name}_exp_avg", f"{name}_exp_avg_sq", name) for name in ("lo
 """Names in a weight's state of virtual A and B, each after its moments."""
 
 
-class Unrouted(NamedTuple):
-    """A parameter that is not routed, with its group and name."""
-
-    group: dict[str, Any]
-    parameter: Tensor
-    name: str
-
-
 class Stacks:
     """All modules of an optimizer in stacks, and the step counters of all its parameters in one tensor.
 
     Args:
         modules: The routed modules, in model order.
-        others: The parameters that are not routed.
+        others: Where the parameters are that are not routed.
         groups: The optimizer's ``param_groups``.
         state: Its state, whose moments, virtual experts and counters become views of shared tensors.
         config: Which experts there are, and whether W is kept.
 
     Attributes:
         all: The stacks; those of modules that are alike follow each other.
-        others: The parameters that are not routed, by the parameter's id.
+        others: The parameters that are not routed, by where they are.
         position: Where each parameter's step counter is, by the parameter's id.
     """
 
     def __init__(
         self,
         modules: Sequence[RoutedModule],
-        others: Sequence[Unrouted],
+        others: Sequence[Slot],
         groups: Sequence[Mapping[str, Any]],
         state: Mapping[Tensor, dict[str, Tensor]],
         config: MoLFConfig,
@@ -81,7 +73,7 @@ class Stacks:
         self._selections: dict[Any, Selection] = {}
         self.all = [self._make(group) for group in self._grouped(modules)]
         self._singles: dict[str, Stack] = {}
-        self.others = {id(each.parameter): self._make_other(each) for each in others}  # names may be the same
+        self.others = {slot: Other(self._position(slot), self._part([slot], MOMENTS)) for slot in others}
         parts = [part for stack in self.all for part in (*stack.weights, *stack.dense)]
         parts += [part for stack in self.all for part in stack.pair or ()]
         self._gathered = {id(each) for part in parts if len(part.parameters) > 1 for each in part.parameters}
@@ -101,13 +93,13 @@ class Stacks:
         self._held = found
         return same(self._firm(), self._held_firm)
 
-    def of(self, active: Sequence[RoutedModule], others: Sequence[Unrouted]) -> Selection:
+    def of(self, active: Sequence[RoutedModule], others: Sequence[Slot]) -> Selection:
         """What takes part in a step: whole stacks, and one by one what is left of a stack or has made other steps."""
         counts = [n + 1 for n in self._steps.tolist()]
         least = min(counts) if len(active) + len(others) > 1 else math.inf
         # how many steps each is ahead says what can be stepped together
         ahead = array("d", [n - least for n in counts]).tobytes() if least < math.inf else b""
-        key = tuple(each.name for each in active), tuple(id(each.parameter) for each in others), ahead
+        key = tuple(each.name for each in active), tuple(others), ahead
         if key not in self._selections:
             # of modules that change from step to step, as of a mixture of experts, few selections come again
             while sum(len(each.positions) for each in self._selections.values()) > 4 * len(counts):
@@ -120,7 +112,7 @@ class Stacks:
             other.count = counts[other.position]
         return selection
 
-    def _select(self, active: Sequence[RoutedModule], others: Sequence[Unrouted], counts: Sequence[float]) -> Selection:
+    def _select(self, active: Sequence[RoutedModule], others: Sequence[Slot], counts: Sequence[float]) -> Selection:
         names = {module.name for module in active}
         stacks: list[Stack] = []
         for stack in self.all if len(active) > 1 else ():
@@ -129,7 +121,7 @@ class Stacks:
             stacks += [stack] if together else map(self._single, here)
         if len(active) == 1:  # as in the backward pass, where every module has its own step
             stacks = [self._single(active[0])]
-        return Selection(stacks, [self.others[id(each.parameter)] for each in others], self._index)
+        return Selection(stacks, [self.others[slot] for slot in others], self._index)
 
     def advance(self, selection: Selection) -> None:
         """Count a step of these modules and of these parameters."""
@@ -159,6 +151,9 @@ class Stacks:
 
     def _parameter(self, slot: Slot) -> Tensor:
         return self._groups[slot[0]]["params"][slot[1]]
+
+    def _position(self, slot: Slot) -> int:
+        return self.position[id(self._parameter(slot))]
 
     def _single(self, module: RoutedModule) -> Stack:
         if module.name not in self._singles:
@@ -197,10 +192,6 @@ class Stacks:
         """Tensors and their states."""
         return (each for tensor in tensors for each in (tensor, *self._state[tensor].values()))
 
-    def _make_other(self, other: Unrouted) -> Other:
-        position = self.position[id(other.parameter)]
-        return Other(other.group, other.name, position, self._part_of([other.parameter], MOMENTS))
-
     def _make(self, modules: Sequence[RoutedModule]) -> Stack:
         """A stack; of several modules, their moments and virtual experts become views of tensors that they share."""
         first, trained = modules[0], self._config.train_base
@@ -217,7 +208,7 @@ class Stacks:
             slots, (A, B) = [m.weight for m in modules], VIRTUAL
             pair = self._part(slots, A, by_row=True), self._part(slots, B, by_row=True, turned=True)
         parameters = [self._parameter(slot) for module in modules for slot in module.slots]
-        positions = [[self.position[id(self._parameter(slot))] for slot in m.slots] for m in modules]
+        positions = [[self._position(slot) for slot in m.slots] for m in modules]
         return Stack(tuple(modules), parameters, positions, weights, dense, pair)
 
     def _parts(self, slots: Sequence[Slot | None], names: Sequence[str]) -> list[Part]:
@@ -227,20 +218,17 @@ class Stacks:
             return [self._part(listed, names)]
         return [self._part([slot], names, first=i) for i, slot in enumerate(listed)]
 
-    def _part(self, slots: Sequence[Slot | None], names: Sequence[str], first: int = 0, **laid_out: bool) -> Part:
-        listed = [slot for slot in slots if slot is not None]
-        return self._part_of([self._parameter(slot) for slot in listed], names, listed, first, **laid_out)
-
-    def _part_of(
+    def _part(
         self,
-        parameters: list[Tensor],
+        slots: Sequence[Slot | None],
         names: Sequence[str],
-        slots: Sequence[Slot] = (),
         first: int = 0,
         by_row: bool = False,
         turned: bool = False,
     ) -> Part:
         """A part of these; their moments, and their precise values where these are in the state, become its parts."""
+        listed = [slot for slot in slots if slot is not None]
+        parameters = [self._parameter(slot) for slot in listed]
         states = [self._state[each] for each in parameters]
         tensors = [shared(states, name, by_row, turned) for name in names] or [torch.empty(0)] * 2
         members = range(first, first + len(parameters))
@@ -250,8 +238,8 @@ class Stacks:
         )
         if len(tensors) == 2 and len(parameters) > 1 and all(own):
             tensors.append(shared(states, "base", by_row, turned))
-        named = [self._groups[group]["param_names"][i] for group, i in slots]
-        return Part(list(slots), named, members, parameters, states, by_row, turned, *tensors)
+        named = [self._groups[group]["param_names"][i] for group, i in listed]
+        return Part(listed, named, members, parameters, states, by_row, turned, *tensors)
 
 
 def _is_special(tensor: Tensor) -> bool:

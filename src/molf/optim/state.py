@@ -20,7 +20,7 @@ from .parts import Part
 from .passes import Passes
 from .scalars import numbers
 from .sharding import ProcessesDifferError, Shards, compare_replicas, fitted, local
-from .stacks import MOMENTS, Unrouted
+from .stacks import MOMENTS
 from .virtual import Products
 
 
@@ -135,8 +135,8 @@ class MoLFState(Optimizer):
                     self._write_products([self._products(module, weight, base)])
             for slot in module.slots[int(self._is_virtual(module)) :]:
                 self._write(self._parameter(slot), {})
-        for each in self._others():
-            self._write(each.parameter, {})
+        for slot in self._unrouted():
+            self._write(self._parameter(slot), {})
         self._remember_written()
 
     def state_dict(self) -> dict[str, Any]:
@@ -274,13 +274,10 @@ class MoLFState(Optimizer):
     def _remember_written(self) -> None:
         self._written.remember(self._rewritten())
 
-    def _others(self) -> list[Unrouted]:
-        return [
-            Unrouted(group, parameter, name)
-            for group in self.param_groups
-            if group["expert"].startswith("other")
-            for parameter, name in zip(group["params"], group["param_names"], strict=True)
-        ]
+    def _unrouted(self) -> list[Slot]:
+        """Where the parameters are that are not routed."""
+        others = [(i, group) for i, group in enumerate(self.param_groups) if group["expert"].startswith("other")]
+        return [(i, j) for i, group in others for j in range(len(group["params"]))]
 
     def _parameter(self, slot: Slot) -> Tensor:
         return self.param_groups[slot[0]]["params"][slot[1]]

@@ -15,15 +15,15 @@ from torch import Tensor
 from . import virtual
 from .adamw import Tracking
 from .config import MoLFConfig
-from .guards import GradientCheck, check_gradients, check_unchanged, look_at, refuse_sparse
+from .guards import GradientCheck, check_gradients, check_unchanged, look_at
 from .jobs import Jobs, track_all
-from .layout import RoutedModule
+from .layout import RoutedModule, Slot
 from .policy import priorities
 from .routing import Decision, decide
 from .scalars import join, numbers
 from .selection import Selection, Stack
 from .sharding import Shards
-from .stacks import Stacks, Unrouted
+from .stacks import Stacks
 from .update import MoLFUpdate
 
 
@@ -54,10 +54,10 @@ class MoLFStep(MoLFUpdate):
             for group in self.param_groups:
                 for name, parameter in zip(group["param_names"], group["params"], strict=True):
                     check_unchanged(name, parameter, self.state[parameter], self.config.keep_base)
-            self._stacks = Stacks(self.modules, self._others(), self.param_groups, self.state, self.config)
+            self._stacks = Stacks(self.modules, self._unrouted(), self.param_groups, self.state, self.config)
         return self._stacks
 
-    def _step(self, active: Sequence[RoutedModule], others: Sequence[Unrouted]) -> None:
+    def _step(self, active: Sequence[RoutedModule], others: Sequence[Slot]) -> None:
         """One step of these modules and of these parameters that are not routed.
 
         On an accelerator the one read of the step is that of the winners. Whether all gradients are finite comes with
@@ -192,8 +192,6 @@ class MoLFStep(MoLFUpdate):
         nothing is clipped, a look at dB = s G Aᵀ is a look at G: what is not finite there is not finite here.
         Of sharded weights, the gradients of A or B that sum over the processes are completed on the way.
         """
-        for group in self.param_groups:
-            refuse_sparse(group["param_names"], group["params"])
         limit = self.config.max_grad_norm
         found: list[tuple[Sequence[str], Tensor]] = []
         partial: list[tuple[str, int, int]] = []
@@ -204,7 +202,7 @@ class MoLFStep(MoLFUpdate):
             factor = self._partial_factor(stack.modules[0])
             found += [(stack.names, grad) for j, grad in enumerate(own.pair) if j != factor]
             partial += [] if factor is None or not own.pair else [(stack.names[0], i, factor)]
-        found += [([other.name], grad) for other, grad in zip(selection.others, other_grads, strict=True)]
+        found += [(other.part.names, grad) for other, grad in zip(selection.others, other_grads, strict=True)]
         seen, numbers = look_at(found, limit, self._passes)
         if self.shards is not None:
             *sums, numbers = self.shards.add_up([*(grads[i].pair[factor] for _, i, factor in partial), numbers])

@@ -210,10 +210,10 @@ class MoLFUpdate(MoLFState):
         """AdamW for what is not routed."""
         update = _Update({}, [])
         for batch in selection.batches(self._is_uniform()).others:
-            rates = self._rates([other.group for other in batch.stacks], batch)
+            rates = self._rates([self._group_of(part) for part in batch.parts], batch)
             values, stores = self._values(batch, [part.members for part in batch.parts], update)
             clip, _ = check.on(*batch.place)
-            tracking = Tracking(batch.stacks[0].group["betas"], rates[0].eps, self.config.score_fn, clip)
+            tracking = Tracking(self._group_of(batch.parts[0])["betas"], rates[0].eps, self.config.score_fn, clip)
             shared = {id(c): (tracking, c) for c in rates}
             given = [grads[i] for i in batch.indices]
             jobs = Jobs(values, batch.exp_avg, batch.exp_avg_sq, stores, given)
