@@ -385,6 +385,36 @@ def test_types_are_checked_by_name(fields, message: str) -> None:
         MoLFConfig(**fields)
 
 
+def test_hooks_on_load_state_dict_change_and_see_what_is_loaded() -> None:
+    model = causal_lm("llama")
+    optimizer = create_molf_optimizer(model, TWO)
+    lm_step(model, optimizer, 0)
+    saved, seen = copy.deepcopy(optimizer.state_dict()), []
+    lm_step(model, optimizer, 1)
+
+    def changed(_, state_dict):
+        seen.append(len(state_dict["state"]))
+        first = {**state_dict["state"][0], "exp_avg": torch.zeros_like(state_dict["state"][0]["exp_avg"])}
+        return {**state_dict, "state": {**state_dict["state"], 0: first}}
+
+    optimizer.register_load_state_dict_pre_hook(changed)
+    optimizer.register_load_state_dict_post_hook(lambda loaded: seen.append(loaded.steps_taken))
+    optimizer.load_state_dict(saved)
+    first = optimizer.param_groups[0]["params"][0]
+    assert seen == [len(saved["state"]), 1]
+    assert not optimizer.state[first]["exp_avg"].any()
+    assert torch.equal(optimizer.state[first]["exp_avg_sq"], saved["state"][0]["exp_avg_sq"])
+
+
+def test_a_state_is_loaded_where_a_scheduler_was_made_since() -> None:
+    """It keeps the initial rate in every group."""
+    optimizer = create_molf_optimizer(nn.Sequential(nn.Linear(4, 4)), TWO)
+    saved = copy.deepcopy(optimizer.state_dict())
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
+    optimizer.load_state_dict(saved)
+    assert [group["lr"] for group in optimizer.param_groups] == [group["lr"] for group in saved["param_groups"]]
+
+
 def test_a_damaged_state_is_refused() -> None:
     model = causal_lm("llama")
     optimizer = create_molf_optimizer(model, TWO)

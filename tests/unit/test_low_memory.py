@@ -13,6 +13,7 @@ from torch import nn
 from models import causal_lm, lm_step, tokens
 from molf import MoLFConfig, NonFiniteGradientError, create_molf_optimizer, molf_lora_config
 from molf.optim.quantized import as_float, is_quantized
+from molf.optim.stacks import Stacks
 from molf.optim.virtual import round_stochastically
 
 RATES = {"lr": 1e-3, "lora_lr": 2e-3}
@@ -114,9 +115,12 @@ def test_stochastic_rounding_is_unbiased_and_exact_where_it_can_be() -> None:
     assert torch.equal(rounded.view(torch.int16), exact.view(torch.int16))
 
 
-def test_float16_without_masters_is_refused() -> None:
-    model = nn.Sequential(nn.Linear(4, 4)).half()
-    with pytest.raises(ValueError, match=r"keep_base=False .* float16"):
+@pytest.mark.parametrize(("half", "name"), [(0, "0.weight"), (1, "1.weight")])
+def test_float16_without_masters_is_refused(half: int, name: str) -> None:
+    """Also of what is not routed."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    model[half].half()
+    with pytest.raises(ValueError, match=rf"keep_base=False and {name} is float16"):
         create_molf_optimizer(model, MoLFConfig(expert_ranks=(2,), keep_base=False))
 
 
@@ -188,6 +192,18 @@ def test_steps_in_the_backward_pass_are_the_same_bits(efficient: bool) -> None:
         assert second.routing[name].scores == pytest.approx(
             routing.scores, rel=1e-5
         )  # sums of 32 fp32 terms, reordered
+
+
+def test_steps_in_the_backward_pass_look_at_all_tensors_once(monkeypatch) -> None:
+    """And not for every module, which would be the square of their number."""
+    looks = []
+    fit = Stacks.fit
+    monkeypatch.setattr(Stacks, "fit", lambda *arguments: looks.append(1) or fit(*arguments))
+    model = causal_lm("qwen2")
+    optimizer = create_molf_optimizer(model, MoLFConfig(expert_ranks=(2,), step_in_backward=True, **RATES))
+    for step in range(3):
+        lm_step(model, optimizer, step)
+    assert len(looks) == 2  # before the first there are no stacks
 
 
 def test_steps_in_the_backward_pass_free_gradients_and_refuse_accumulation() -> None:

@@ -297,6 +297,80 @@ def test_the_default_device_is_none_of_its_tensors(compile: bool, clip: float | 
     assert all(map(torch.equal, *runs))
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_is_none_of_its_tensors(default: torch.dtype) -> None:
+    """A count of steps in bf16 would never go beyond 256."""
+    runs = []
+    for dtype in (torch.float32, default):
+        model = causal_lm("qwen2")
+        torch.set_default_dtype(dtype)
+        try:
+            config = MoLFConfig(expert_ranks=(2, 4), lora_alpha=(4.0, 6.0), max_grad_norm=0.1)
+            optimizer = create_molf_optimizer(model, config)
+            for state in optimizer.state.values():
+                state["step"].fill_(256)
+            for step in range(3):
+                for i, parameter in enumerate(model.parameters()):
+                    parameter.grad = torch.full_like(parameter, 1e-3 * (1 + i + step))
+                optimizer.step()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert optimizer.steps_taken == 259
+        runs.append(snapshot(model, optimizer))
+    assert all(map(torch.equal, *runs))
+
+
+def test_a_state_saved_with_another_type_of_step_counts_is_loaded() -> None:
+    """As by an optimizer that was made under another default dtype."""
+    model, optimizer = small()
+    lm_step(model, optimizer, 0)
+    saved = copy.deepcopy(optimizer.state_dict())
+    for state in saved["state"].values():
+        state["step"] = state["step"].double()
+    optimizer.load_state_dict(saved)
+    assert {state["step"].dtype for state in optimizer.state.values()} == {torch.float32}
+    assert optimizer.steps_taken == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"keep_base": False}, {"step_in_backward": True}, {"compile": False}])
+def test_a_step_under_autocast_is_the_same_bits(dtype: torch.dtype, options) -> None:
+    """As where a whole iteration is in its block."""
+    runs = []
+    for inside in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)).to(dtype)
+        config = MoLFConfig(expert_ranks=(2, 3), lora_alpha=(3.0, 5.0), policy="fixed-lora", **options)
+        optimizer = create_molf_optimizer(model, config)
+        for step in range(4):
+            weights = [torch.full_like(parameter, 1e-3 * (1 + step)) for parameter in model.parameters()]
+            loss = sum((p * w).sum() for p, w in zip(model.parameters(), weights, strict=True))
+            with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+                loss.backward()
+                optimizer.step()
+                optimizer.sync_weights()
+            optimizer.zero_grad()
+        runs.append(snapshot(model, optimizer))
+    assert all(map(torch.equal, *runs))
+
+
+def test_a_log_goes_on_from_the_state_that_was_loaded(tmp_path) -> None:
+    """Within one process, as after a rollback."""
+    model, optimizer = small()
+    recorder = RoutingRecorder(optimizer, tmp_path / "r.jsonl")
+    for step in range(3):
+        lm_step(model, optimizer, step)
+        if step == 0:
+            saved = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(saved)
+    lm_step(model, optimizer, 7)
+    latest = recorder.latest
+    recorder.close()
+    records = read_routing(tmp_path / "r.jsonl")[1]
+    assert [record["step"] for record in records] == [1, 2]
+    assert records[1] == latest
+
+
 @pytest.mark.parametrize("lost", [2, 3])
 def test_a_log_that_lacks_steps_is_not_continued(tmp_path, lost: int) -> None:
     """In the middle or at the end, as where it was cut by hand and the run goes on from a newer checkpoint."""

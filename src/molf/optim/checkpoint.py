@@ -14,10 +14,21 @@ DECISIVE = tuple("expert_ranks scales score_fn top_k policy random_shares policy
 """Settings of ``MoLFConfig`` that every group has, and that have to be the same where a state is loaded."""
 
 
+_NEEDED = {"params", "lr", "weight_decay", "betas", "eps"}
+
+
+def check_form(state_dict: Any) -> None:
+    """Whether it is the state of an optimizer at all.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
+        raise ValueError("the optimizer state has no 'state' and 'param_groups': it was not saved by state_dict()")
+
+
 def with_bare_groups(state_dict: dict[str, Any]) -> dict[str, Any]:
     """A saved state whose groups without parameters have their settings, which the first group repeats."""
-    if not isinstance(state_dict, dict) or not isinstance(state_dict.get("param_groups"), list):
-        return state_dict
     groups = [dict(group) for group in state_dict["param_groups"]]
     bare: dict[str, Any] = next(
         (group.pop("without_parameters") for group in groups if "without_parameters" in group), {}
@@ -37,8 +48,6 @@ def check_loadable(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     Raises:
         ValueError: Naming the first thing that differs, with both values.
     """
-    if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
-        raise ValueError("the optimizer state has no 'state' and 'param_groups': it was not saved by state_dict()")
     saved_groups, groups = state_dict["param_groups"], optimizer.param_groups
     if len(saved_groups) != len(groups):
         names = [[group.get("expert", "?") for group in side] for side in (saved_groups, groups)]
@@ -50,7 +59,7 @@ def check_loadable(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
             if key not in saved or _plain(saved[key]) != _plain(own[key]):
                 difference = _difference(_plain(saved.get(key)), _plain(own[key]))
                 raise ValueError(f"the optimizer state was made with {key}={difference}: use the same config and model")
-        missing = sorted(own.keys() - saved.keys())
+        missing = sorted(_NEEDED - saved.keys())  # schedulers keep more in a group
         if missing:
             raise ValueError(f"the optimizer state's group {own['expert']} lacks {missing}: the file is damaged")
         if len(saved["params"]) != len(own["params"]):
@@ -87,7 +96,7 @@ def _check_entry(name: str, saved: dict[str, Any], own: dict[str, Any]) -> None:
             raise ValueError(f"{key} of {name} has shape {shape} in the optimizer state, here {tuple(value.shape)}")
         if is_quantized(saved[key]) != is_quantized(value):
             raise ValueError(f"{key} of {name} is kept otherwise in the optimizer state: use the same moments_8bit")
-        if saved[key].dtype != value.dtype:
+        if saved[key].dtype != value.dtype and key != "step":
             raise ValueError(f"{key} of {name} is {saved[key].dtype} in the optimizer state, here {value.dtype}")
 
 

@@ -223,11 +223,6 @@ def _check_weight(target: Target, config: MoLFConfig) -> None:
             f"{target.name}.weight is quantised ({type(weight.data).__name__}, {weight.dtype}) and cannot be a dense "
             "expert: use train_base=False with a PEFT adapter, or load the model without quantisation"
         )
-    if weight.dtype == torch.float16 and not config.keep_base:
-        raise ValueError(
-            f"keep_base=False and {target.name}.weight is float16, which is not rounded stochastically: use "
-            "bfloat16, or keep_base=True"
-        )
     if target.lora_A is None and weight.dim() != 2:
         raise ValueError(f"{target.name}.weight has shape {tuple(weight.shape)}, not (out, in): exclude it")
 

@@ -120,6 +120,8 @@ class MoLFAdamW(MoLFStep):
             ResumeError: If, after a resume, a module that always had gradients no longer gets one.
             ProcessesDifferError: If they do, by ``check_ranks_every``, or the model was sharded after its optimizer
                 was made.
+            RuntimeError: If the model was converted, resized or written to since the optimizer was made, or of a module
+                some parameters have a gradient and some have none.
             ValueError: If a closure is given, or a gradient is sparse.
         """
         if closure is not None:
@@ -143,7 +145,7 @@ class MoLFAdamW(MoLFStep):
                 "model that is trained",
                 stacklevel=3,
             )
-        self._step(active, others)
+        self._step(self.stacks(), active, others)
         self._remember_written()
         every = self.config.check_ranks_every
         if every is not None and processes() > 1 and self.steps_taken % every == 0:
@@ -152,13 +154,15 @@ class MoLFAdamW(MoLFStep):
     @torch.no_grad()
     def _step_unit(self, index: int) -> None:
         """One module's or parameter's step, in the backward pass."""
-        if self._in_backward is not None and len(self._in_backward.stepped) == 1:
+        known = self._stacks
+        if known is None or (self._in_backward is not None and len(self._in_backward.stepped) == 1):
             self._check_written()
             self.decisions = []
+            known = self.stacks()  # once, not for every unit: a look at all tensors
         if index < len(self.modules):
-            self._step([self.modules[index]], [])
+            self._step(known, [self.modules[index]], [])
         else:
-            self._step([], [self._unrouted()[index - len(self.modules)]])
+            self._step(known, [], [self._unrouted()[index - len(self.modules)]])
 
     def _finish_backward(self, hooks: BackwardHooks) -> None:
         """What is left of the step when the backward pass has made it."""

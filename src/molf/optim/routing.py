@@ -162,7 +162,11 @@ class RoutingRecorder:
 
     def record(self) -> None:
         """Append the optimizer's latest routing decision."""
-        step = self._steps_taken()
+        step, last = self._steps_taken(), 0 if self.latest is None else self.latest["step"]
+        # an earlier state was loaded: what followed it is dropped
+        if self._file is not None and step <= last and self.optimizer.decisions:
+            self._file.close()
+            self._file = None
         if self._file is None:
             self._file = self._open(step)
         groups = {group["expert"]: float(group["lr"]) for group in self.optimizer.param_groups}

@@ -73,13 +73,11 @@ class Stack:
         return [module.name for module in self.modules]
 
     def owns_bases(self) -> bool:
-        """Whether every W was found to be one of its own, and is the same since."""
+        """Whether every W was found to be one of its own, and is so still: someone may have let a weight be its W."""
         if self.products is None:
             return False
-        bases = [state.get("base") for part in self.weights for state in part.states]
-        targets, own = self.products.targets, self.products.bases
-        # someone may have let a weight be its W again
-        return same(bases, own) and not any(map(operator.eq, map(Tensor.data_ptr, targets), map(Tensor.data_ptr, own)))
+        targets, bases = (map(Tensor.data_ptr, each) for each in self.products[:2])
+        return not any(map(operator.eq, targets, bases))
 
     def virtual_pair(self) -> tuple[Tensor, Tensor]:
         """Virtual A (K, R, in) and Bᵀ (K, R, out)."""

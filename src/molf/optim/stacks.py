@@ -8,10 +8,11 @@ the number of stacks. Large weights stay as they are.
 
 from __future__ import annotations
 
-import math
 from array import array
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from .layout import RoutedModule, Slot
 from .parts import Part, shared
 from .quantized import is_quantized
 from .selection import Other, Selection, Stack, same
-from .sharding import is_distributed
+from .sharding import is_distributed, locals_of
 from .virtual import shares_storage
 
 STACK_FROM = 2**15
@@ -52,7 +53,6 @@ class Stacks:
     Attributes:
         all: The stacks; those of modules that are alike follow each other.
         others: The parameters that are not routed, by where they are.
-        position: Where each parameter's step counter is, by the parameter's id.
     """
 
     def __init__(
@@ -64,42 +64,41 @@ class Stacks:
         config: MoLFConfig,
     ) -> None:
         self._groups, self._state, self._config = groups, state, config
-        parameters = [each for group in groups for each in group["params"]]
-        self.position = {id(parameter): i for i, parameter in enumerate(parameters)}
+        slots = [(i, j) for i, group in enumerate(groups) for j in range(len(group["params"]))]
+        parameters = [self._parameter(slot) for slot in slots]
+        self._position = {slot: i for i, slot in enumerate(slots)}
         self._steps = torch.stack([state[each]["step"] for each in parameters])
         for parameter, step in zip(parameters, self._steps.unbind(), strict=True):
             state[parameter]["step"] = step
+        self._views: list[Tensor] = []
+        self._places: list[int] = []
+        self._watch(state[parameters[0]], ["step"])
         self._index = {module.name: i for i, module in enumerate(modules)}
         self._selections: dict[Any, Selection] = {}
         self.all = [self._make(group) for group in self._grouped(modules)]
         self._singles: dict[str, Stack] = {}
-        self.others = {slot: Other(self._position(slot), self._part([slot], MOMENTS)) for slot in others}
-        parts = [part for stack in self.all for part in (*stack.weights, *stack.dense)]
-        parts += [part for stack in self.all for part in stack.pair or ()]
-        self._gathered = {id(each) for part in parts if len(part.parameters) > 1 for each in part.parameters}
-        self._held, self._held_firm, self._shapes = self._tensors(), self._firm(), self._shapes_now()
+        self.others = {slot: Other(self._position[slot], self._part([slot], MOMENTS)) for slot in others}
+        self._held, self._shapes = list(self._held_now()), self._shapes_now()
 
     def fit(self, groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, dict[str, Tensor]]) -> bool:
         """Whether the optimizer still holds the groups, whose rates are read, and the tensors that these stacks are of.
 
-        ``load_state_dict`` of torch replaces the groups.
+        ``load_state_dict`` of torch replaces the groups, and so does who moves a state to another device and back.
         """
-        if groups is not self._groups or state is not self._state or self._shapes_now() != self._shapes:
-            return False
-        found = self._tensors()
-        if same(found, self._held):
-            return True
-        # a W of its own in the place of the weight: nothing here refers to that of a layer that is not gathered
-        self._held = found
-        return same(self._firm(), self._held_firm)
+        return (
+            groups is self._groups
+            and state is self._state
+            and same(list(self._held_now()), self._held)
+            and self._shapes_now() == self._shapes
+            and list(map(Tensor.data_ptr, self._views)) == self._places
+        )
 
     def of(self, active: Sequence[RoutedModule], others: Sequence[Slot]) -> Selection:
         """What takes part in a step: whole stacks, and one by one what is left of a stack or has made other steps."""
         counts = [n + 1 for n in self._steps.tolist()]
-        least = min(counts) if len(active) + len(others) > 1 else math.inf
-        # how many steps each is ahead says what can be stepped together
-        ahead = array("d", [n - least for n in counts]).tobytes() if least < math.inf else b""
-        key = tuple(each.name for each in active), tuple(others), ahead
+        own = [counts[self._position[slot]] for slot in chain(*(each.slots for each in active), others)]
+        # how many steps each is ahead of the first says what can be stepped together
+        key = tuple(each.name for each in active), tuple(others), array("d", [n - own[0] for n in own]).tobytes()
         if key not in self._selections:
             # of modules that change from step to step, as of a mixture of experts, few selections come again
             while sum(len(each.positions) for each in self._selections.values()) > 4 * len(counts):
@@ -133,27 +132,24 @@ class Stacks:
     def _shapes_now(self) -> list[torch.Size]:
         return [parameter.shape for group in self._groups for parameter in group["params"]]
 
-    def _tensors(self) -> list[Any]:
+    def _held_now(self) -> Iterator[Any]:
         """All that a stack refers to, themselves and not their ids, which are given again, and the model's dtypes."""
-        found: list[Any] = [parameter for group in self._groups for parameter in group["params"]]
-        found += [parameter.dtype for parameter in found]
-        for entries in self._state.values():
-            found += entries.values()
-        return found
+        parameters = [parameter for group in self._groups for parameter in group["params"]]
+        states = self._state.values()
+        dtypes, tensors = map(attrgetter("dtype"), parameters), chain.from_iterable(map(dict.values, states))
+        return chain(self._groups, parameters, dtypes, states, tensors)
 
-    def _firm(self) -> list[Any]:
-        """``_tensors`` without the W's and masters of parameters that are not gathered."""
-        found = self._tensors()[: 2 * len(self.position)]
-        for parameter, entries in self._state.items():
-            gathered = id(parameter) in self._gathered
-            found += [tensor for key, tensor in entries.items() if gathered or key != "base"]
-        return found
+    def _watch(self, first: Mapping[str, Tensor], names: Sequence[str]) -> None:
+        """Remember where the first of some views is: a tensor whose ``data`` is replaced is one no longer.
+
+        Who does so, as to move a state to another device and back, does it with all tensors.
+        """
+        found = locals_of(first[name] for name in names)
+        self._views += found
+        self._places += map(Tensor.data_ptr, found)
 
     def _parameter(self, slot: Slot) -> Tensor:
         return self._groups[slot[0]]["params"][slot[1]]
-
-    def _position(self, slot: Slot) -> int:
-        return self.position[id(self._parameter(slot))]
 
     def _single(self, module: RoutedModule) -> Stack:
         if module.name not in self._singles:
@@ -208,7 +204,7 @@ class Stacks:
             slots, (A, B) = [m.weight for m in modules], VIRTUAL
             pair = self._part(slots, A, by_row=True), self._part(slots, B, by_row=True, turned=True)
         parameters = [self._parameter(slot) for module in modules for slot in module.slots]
-        positions = [[self._position(slot) for slot in m.slots] for m in modules]
+        positions = [[self._position[slot] for slot in m.slots] for m in modules]
         return Stack(tuple(modules), parameters, positions, weights, dense, pair)
 
     def _parts(self, slots: Sequence[Slot | None], names: Sequence[str]) -> list[Part]:
@@ -238,6 +234,9 @@ class Stacks:
         )
         if len(tensors) == 2 and len(parameters) > 1 and all(own):
             tensors.append(shared(states, "base", by_row, turned))
+            names = (*names, "base")
+        if turned or len(parameters) > 1:
+            self._watch(states[0], names)
         named = [self._groups[group]["param_names"][i] for group, i in listed]
         return Part(listed, named, members, parameters, states, by_row, turned, *tensors)
 

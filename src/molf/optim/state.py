@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from . import quantized, virtual
 from .adamw import moment_dtype
-from .checkpoint import DECISIVE, check_loadable, with_bare_groups
+from .checkpoint import DECISIVE, check_form, check_loadable, with_bare_groups
 from .config import MoLFConfig
 from .guards import WrittenTensors
 from .layout import RoutedModule, Slot
@@ -75,7 +75,8 @@ class MoLFState(Optimizer):
         """Add a group and make the state of its parameters at once; a group without "expert" is not routed.
 
         Raises:
-            ValueError: If "expert" is none of this optimizer's groups, or one of modules, which are what they are.
+            ValueError: If "expert" is none of this optimizer's groups, or one of modules, which are what they are, or a
+                parameter cannot be rounded.
         """
         known = {"other", "other_no_decay"}
         if not hasattr(self, "_passes"):  # as it is made
@@ -85,6 +86,12 @@ class MoLFState(Optimizer):
         param_group.setdefault("lr", self.config.lr)
         params = param_group["params"] = _listed(param_group["params"])
         param_group.setdefault("param_names", [f"added.{len(self.param_groups)}.{i}" for i in range(len(params))])
+        for name, parameter in zip(param_group["param_names"], params, strict=True):
+            if parameter.dtype == torch.float16 and not self.config.keep_base:
+                raise ValueError(
+                    f"keep_base=False and {name} is float16, which is not rounded stochastically: use bfloat16, or "
+                    "keep_base=True"
+                )
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         for parameter in group["params"]:
@@ -124,7 +131,10 @@ class MoLFState(Optimizer):
 
     @torch.no_grad()
     def sync_weights(self) -> None:
-        """Rewrite every weight of the model from the state, after someone has written to the state."""
+        """Rewrite the model from the state, after someone has written to the state.
+
+        With ``keep_base=False`` the state has no W, so that nothing is rewritten.
+        """
         for module in self.modules:
             weight = self._parameter(module.slots[0])
             if self._is_virtual(module):
@@ -155,8 +165,8 @@ class MoLFState(Optimizer):
         """Restore a state saved by ``state_dict``, every tensor in the precision that this optimizer keeps it in.
 
         torch casts the state of a bf16 parameter to bf16 on load; here masters and moments stay fp32, and
-        the next step is bit-identical to the uninterrupted run's. The model's weights follow the state. Nothing
-        changes if an error is raised.
+        the next step is bit-identical to the uninterrupted run's. Weights of the model that the state says, over LoRA
+        experts or in 16 bits, follow it. Nothing changes if an error is raised.
 
         Of sharded parameters the state may be sharded by other processes' number, or whole: it is distributed anew.
 
@@ -164,24 +174,37 @@ class MoLFState(Optimizer):
             ValueError: If the state is of other experts, another score or other parameters.
             CompileError: With ``compile=True``, if there is no working compiler.
         """
-        state_dict = with_bare_groups(state_dict)
-        check_loadable(self, state_dict)
-        self._passes.prepare()
-        kept = self.state
-        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
-        self.state = kept
-        ids = [index for group in state_dict["param_groups"] for index in group["params"]]
-        for index, parameter in zip(ids, (p for group in self.param_groups for p in group["params"]), strict=True):
-            for key, value in state_dict["state"][index].items():
-                # in place: W may be the weight itself, and accelerate loads the state into itself
-                own = self.state[parameter][key]
-                local(own).copy_(local(fitted(value, own)))
-        self.sync_weights()
+        kept, saved = self.state, {}
+
+        def take(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            saved.update(with_bare_groups(given))
+            check_loadable(self, saved)
+            self._passes.prepare()
+            return {"state": {}, "param_groups": saved["param_groups"]}
+
+        def fill(_: Optimizer) -> None:
+            self.state = kept
+            ids = [index for group in saved["param_groups"] for index in group["params"]]
+            for index, parameter in zip(ids, (p for group in self.param_groups for p in group["params"]), strict=True):
+                for key, value in saved["state"][index].items():
+                    # in place: W may be the weight itself, and accelerate loads the state into itself
+                    own = self.state[parameter][key]
+                    local(own).copy_(local(fitted(value, own)))
+            self.sync_weights()
+
+        check_form(state_dict)
+        # after the hooks that others registered to change what is loaded, and before those that look at it
+        hooks = self.register_load_state_dict_pre_hook(take), self.register_load_state_dict_post_hook(fill, True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _new_state(self, parameter: Tensor, expert: str) -> dict[str, Tensor]:
         """``step``, ``exp_avg`` and ``exp_avg_sq`` unless it is frozen, and ``base``, a 16-bit parameter's master."""
         dtype = moment_dtype(parameter)
-        state = {"step": torch.tensor(0.0, device="cpu")}
+        state = {"step": torch.tensor(0.0, dtype=torch.float32, device="cpu")}
         if dtype != parameter.dtype and self.config.keep_base:
             state["base"] = parameter.detach().to(dtype, copy=True)
         in_8_bits = self.config.moments_8bit and expert not in self._lora_experts  # LoRA's are small

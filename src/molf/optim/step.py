@@ -57,15 +57,14 @@ class MoLFStep(MoLFUpdate):
             self._stacks = Stacks(self.modules, self._unrouted(), self.param_groups, self.state, self.config)
         return self._stacks
 
-    def _step(self, active: Sequence[RoutedModule], others: Sequence[Slot]) -> None:
-        """One step of these modules and of these parameters that are not routed.
+    def _step(self, known: Stacks, active: Sequence[RoutedModule], others: Sequence[Slot]) -> None:
+        """One step of these modules and of these parameters that are not routed; ``known`` are all stacks.
 
         On an accelerator the one read of the step is that of the winners. Whether all gradients are finite comes with
         it; until then a gate on the device keeps the moments as they are if that is not so.
         """
         if not active and not others:
             return
-        known = self.stacks()
         selection = known.of(active, others)
         other_grads = [each.part.gradient() for each in selection.others]
         check, winners = self._route(selection, other_grads)

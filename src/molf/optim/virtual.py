@@ -114,6 +114,7 @@ def superpose(
 ) -> Tensor:
     """W ± Σ s_i B_i A_i of one layer, in W's dtype; arguments as of ``Products``."""
     alpha, factor = scaled(left.mT, scales)
+    out = torch.empty_like(base) if out is None else out  # without it autocast would multiply in bf16
     return torch.addmm(base, factor, right, alpha=sign * alpha, out=out)
 
 
