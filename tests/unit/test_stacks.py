@@ -119,10 +119,16 @@ def test_what_is_known_of_the_same_modules_is_kept():
     known.advance(known.of(both[1:], []))
     assert known.of(both, []) is first
     assert [stack.count for stack in first.stacks] == [3.0]
-    for _ in range(2):  # however many steps are between it and one that takes no part
-        last = known.of(both[1:], [])
-        known.advance(last)
-        assert known.of(both[1:], []) is last
+
+
+def test_a_module_without_gradients_makes_no_new_selections():
+    """However many steps the others are ahead of it."""
+    optimizer = create_molf_optimizer(nn.ModuleList([nn.Linear(6, 6) for _ in range(3)]), MoLFConfig(expert_ranks=(2,)))
+    known, two = optimizer.stacks(), optimizer.modules[:2]
+    first = known.of(two, [])
+    for _ in range(3):
+        assert known.of(two, []) is first
+        known.advance(first)
 
 
 @pytest.mark.parametrize("compile", [True, False])
