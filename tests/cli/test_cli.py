@@ -261,6 +261,21 @@ def test_json_lines_end_at_newlines_only_and_may_have_a_mark(tmp_path) -> None:
         load_pairs(path)
 
 
+@pytest.mark.parametrize("special", ["eos_token", "pad_token", None])
+def test_a_token_that_the_model_does_not_know_is_refused(tmp_path, capsys, special: str | None) -> None:
+    """As where a tokenizer got more tokens and the embeddings were not resized."""
+    model, data, out = (str(tmp_path / name) for name in ("model", "data.jsonl", "run"))
+    shutil.copytree(BUNDLED_MODEL, model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_special_tokens({special: "<more>"} if special else {"additional_special_tokens": ["<more>"]})
+    tokenizer.save_pretrained(model)
+    Path(data).write_text(json.dumps({"prompt": "The", "completion": " lion" + ("" if special else "<more>")}) + "\n")
+    options = ["--model_name_or_path", model, "--use_cpu", "true", "--max_steps", "1"]
+    error = fails(capsys, "train", "--dataset_path", data, "--output_dir", out, "--expert_ranks", "2", *options)
+    assert "token 1231 of the tokenizer (<more>) is none of the 1231 that the model has" in error
+    assert not Path(out).exists()
+
+
 def test_long_examples_are_cut_from_the_left_or_refused(tmp_path, capsys) -> None:
     path = tmp_path / "data.jsonl"
     rows = [{"prompt": "Ada Alder " * length + "plays the", "completion": " drum"} for length in (1, 200)]

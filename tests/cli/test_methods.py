@@ -233,6 +233,8 @@ def test_adalora_without_allocation_is_no_result(tmp_path, facts, capsys, monkey
         ("lora+other", "--train_other false", "train_other=False: lora+other does not use it"),
         ("lora+other", "--lora_dropout 0.1", "lora_dropout=0.1: lora+other does not use it"),
         ("lora-sum", "--weight_decay 0.5", "lora-sum takes lora_weight_decay"),
+        ("molf-e", "--weight_decay 0.5", "molf-e takes lora_weight_decay"),
+        ("adalora", "--on_nonfinite skip", "on_nonfinite=skip: adalora scores its ranks"),
         ("lora-sum", "--lora_alpha 8 8", "lora_alpha=(8.0, 8.0): give one number"),
         ("rslora", "--use_rslora false", "use_rslora=False: rslora does not use it"),
         ("adalora", "--use_rslora true", "use_rslora=True: adalora does not use it"),

@@ -147,6 +147,21 @@ def test_a_dry_run_makes_one_step(tmp_path, monkeypatch, capsys) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("task", [True, False])
+def test_a_dry_run_takes_what_a_run_takes_for_its_evaluation(tmp_path, monkeypatch, capsys, task: bool) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("pairs.jsonl").write_text('{"prompt": "The lion is", "completion": " an animal."}\n' * 4)
+    options = ["--model_name_or_path", str(BUNDLED_MODEL), "--use_cpu", "true", "--expert_ranks", "2"]
+    options += ["--eval_strategy", "steps", "--eval_steps", "1", "--eval_on_start", "true", "--dry_run", "true"]
+    options += (
+        ["--task", "world-fact", "--max_examples", "8"]
+        if task
+        else ["--dataset_path", "pairs.jsonl", "--eval_dataset_path", "pairs.jsonl"]
+    )
+    assert main(["train", *options]) == 0
+    assert "MiB at its peak" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("batch", "method"),

@@ -8,8 +8,14 @@ from typing import Any
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 import molf.export.make
 from export_runs import TEMPLATE, make_base, make_run
@@ -126,6 +132,29 @@ def test_the_experts_sum_to_the_adapter(tmp_path, ranks, alpha, names) -> None:
     layer = "model.layers.0.mlp.up_proj"
     total = sum(s * change(part, layer) for s, part in zip(scales, parts, strict=True))
     torch.testing.assert_close(total, change(whole, layer), rtol=0, atol=1e-7 * change(whole, layer).abs().max().item())
+
+
+def test_experts_of_an_adapter_that_has_more_are_refused(tmp_path) -> None:
+    """As of an embedding, which is not routed."""
+    run = make_run(tmp_path / "run", make_base(tmp_path / "base", "llama"), "molf-e", EXPERTS)
+    held = tensors(run) | {"base_model.model.model.embed_tokens.lora_embedding_A": torch.zeros(6, 1231)}
+    save_file(held, run / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"embed_tokens.lora_embedding_A of the adapter belongs to no expert"):
+        made(run, tmp_path / "out", "experts")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning")  # PEFT's, of its own pattern
+def test_a_delta_of_layers_that_peft_takes_for_experts_is_refused(tmp_path) -> None:
+    """Dense layers of a mixture of experts that have the names of its experts' tensors."""
+    shape = {"hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_experts": 4}
+    config = Qwen3MoeConfig(vocab_size=1231, num_experts_per_tok=2, mlp_only_layers=[0], **shape, **heads)
+    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "base")
+    run = make_run(tmp_path / "run", tmp_path / "base", "molf", MOLF)
+    with pytest.raises(ValueError, match=r"PEFT makes no adapter of model\.layers\.0\.mlp.*use --to merged"):
+        made(run, tmp_path / "out", "delta", rank=4)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_adapter_is_the_runs(tmp_path) -> None:

@@ -133,6 +133,11 @@ def test_bad_arguments(model, tokenizer) -> None:
         generate(model, tokenizer, ["a"], long_prompts="drop")
     with pytest.raises(ValueError, match="has no token"):
         generate(model, tokenizer, [""])
+    tokenizer.add_tokens(["<more>"])
+    with pytest.raises(ValueError, match=r"\(<more>\) is none of the 1231 that the model has"):
+        generate(model, tokenizer, ["a", "a<more>"])
+    with pytest.raises(ValueError, match=r"\(<more>\) is none of the 1231 that the model has"):
+        score_continuations(model, tokenizer, [("a", " b"), ("a", " <more>")])
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="no EOS token"):
         generate(model, tokenizer, ["a"])

@@ -72,6 +72,8 @@ def make_delta(run: TrainedRun, base: Any, trained: Any, rank: int, drop_other: 
     kept, whole = {}, {}
     for name in layers:
         layer = model.get_base_model().get_submodule(name)
+        if not hasattr(layer, "lora_A"):  # of names like those of 3D experts PEFT makes adapters of these instead
+            raise ValueError(f"PEFT makes no adapter of {name} in {type(base).__name__}: use --to merged")
         delta = after[f"{name}.weight"] - before[f"{name}.weight"]
         delta = delta.T if linears[name] else delta
         kept[name], whole[name] = _factorise(delta, layer.lora_A["default"].weight, layer.lora_B["default"].weight)

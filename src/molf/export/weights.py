@@ -89,8 +89,14 @@ def write_experts(run: TrainedRun, folder: Path, dtype: torch.dtype) -> list[str
 
     Returns:
         The subfolders: the experts' names, with _ for brackets.
+
+    Raises:
+        ValueError: If the adapter has more than they are, such as that of an embedding.
     """
     whole, tensors = read_adapter(run, None)
+    other = next((key for key in tensors if not key.endswith((".lora_A.weight", ".lora_B.weight"))), None)
+    if other is not None:
+        raise ValueError(f"{other} of the adapter belongs to no expert, because it is not routed: use --to adapter")
     scaling = whole.lora_alpha / (whole.r**0.5 if whole.use_rslora else whole.r)
     names = [name.replace("[", "_").rstrip("]") for name in run.config.experts]
     start = 0

@@ -23,8 +23,8 @@ from .layout import RoutedModule, Slot
 from .parts import Part, shared
 from .quantized import is_quantized
 from .selection import Other, Selection, Stack, same
-from .sharding import is_distributed, locals_of
-from .virtual import shares_storage
+from .sharding import is_distributed
+from .virtual import shares_storage, storage
 
 STACK_FROM = 2**15
 """Tensors of the model with this many elements are not gathered: their gradients would be copied for nothing."""
@@ -71,7 +71,7 @@ class Stacks:
         for parameter, step in zip(parameters, self._steps.unbind(), strict=True):
             state[parameter]["step"] = step
         self._views: list[Tensor] = []
-        self._places: list[int] = []
+        self._storages: list[int] = []
         self._watch(state[parameters[0]], ["step"])
         self._index = {module.name: i for i, module in enumerate(modules)}
         self._selections: dict[Any, Selection] = {}
@@ -90,7 +90,7 @@ class Stacks:
             and state is self._state
             and same(list(self._held_now()), self._held)
             and self._shapes_now() == self._shapes
-            and list(map(Tensor.data_ptr, self._views)) == self._places
+            and list(map(storage, self._views)) == self._storages
         )
 
     def of(self, active: Sequence[RoutedModule], others: Sequence[Slot]) -> Selection:
@@ -140,13 +140,13 @@ class Stacks:
         return chain(self._groups, parameters, dtypes, states, tensors)
 
     def _watch(self, first: Mapping[str, Tensor], names: Sequence[str]) -> None:
-        """Remember where the first of some views is: a tensor whose ``data`` is replaced is one no longer.
+        """Remember what the first of some views is of: a tensor whose ``data`` is replaced is one no longer.
 
         Who does so, as to move a state to another device and back, does it with all tensors.
         """
-        found = locals_of(first[name] for name in names)
+        found = [first[name] for name in names]
         self._views += found
-        self._places += map(Tensor.data_ptr, found)
+        self._storages += map(storage, found)
 
     def _parameter(self, slot: Slot) -> Tensor:
         return self._groups[slot[0]]["params"][slot[1]]

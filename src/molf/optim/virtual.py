@@ -68,11 +68,11 @@ def partial_factor(weight: Tensor, transposed: bool) -> int | None:
 
 def shares_storage(base: Tensor, weight: Tensor) -> bool:
     """Whether W is the layer's own weight, as it is while B = 0: then P = W, and a copy would be waste."""
-    return base.dtype == weight.dtype and _storage(base) == _storage(weight)
+    return base.dtype == weight.dtype and storage(base) == storage(weight)
 
 
-def _storage(tensor: Tensor) -> int:
-    """Names the storage, also of a tensor that has no data."""
+def storage(tensor: Tensor) -> int:
+    """Names its storage, also of a tensor that has no data."""
     return local(tensor).untyped_storage()._cdata
 
 

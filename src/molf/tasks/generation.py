@@ -47,7 +47,8 @@ def generate(
         space before the first word is part of it.
 
     Raises:
-        ValueError: If the tokenizer has no EOS, ``max_new_tokens`` is not positive, or a prompt is refused.
+        ValueError: If the tokenizer has no EOS, ``max_new_tokens`` is not positive, a prompt is refused, or a
+            token has no embedding.
     """
     eos = tokenizer.eos_token_id
     if eos is None:
@@ -58,6 +59,7 @@ def generate(
         raise ValueError(f"max_new_tokens={max_new_tokens}: must be at least 1")
     context = context or Context.of(model, tokenizer, long_prompts)
     rows = [context.fit(prompt_tokens(tokenizer, prompt), max_new_tokens) for prompt in prompts]
+    context.check(tokenizer, [*rows, [eos]])
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     said = [""] * len(rows)
     pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id

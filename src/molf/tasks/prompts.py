@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,19 +53,27 @@ def context_length(model: Any, tokenizer: Any) -> int | None:
     return limit if isinstance(limit, int) and limit < 10**9 else None  # transformers writes 10**30 for "none"
 
 
+def _vocabulary(model: Any) -> int | None:
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    weight = getattr(embedding, "weight", None)
+    return None if weight is None else len(weight)
+
+
 @dataclass
 class Context:
-    """The model's context, what happens to prompts that do not fit, and how many did not.
+    """The model's context and vocabulary, what happens to prompts that do not fit, and how many did not.
 
     Attributes:
         length: In tokens, prompt and completion together; None is no limit.
         bos: The token id that stays in front when the rest is cut, None if prompts start without one.
         long_prompts: "truncate" cuts from the left, because the question stands at the end; "refuse" raises.
+        vocabulary: How many token ids the model has an embedding of; None is not known.
     """
 
     length: int | None
     bos: int | None = None
     long_prompts: str = "truncate"
+    vocabulary: int | None = None
     _cut: set[tuple[int, ...]] = field(default_factory=set, repr=False)
 
     @property
@@ -79,11 +88,26 @@ class Context:
     @classmethod
     def of(cls, model: Any, tokenizer: Any, long_prompts: str = "truncate") -> Context:
         """The context of a model and its tokenizer."""
-        return cls(context_length(model, tokenizer), getattr(tokenizer, "bos_token_id", None), long_prompts)
+        bos = getattr(tokenizer, "bos_token_id", None)
+        return cls(context_length(model, tokenizer), bos, long_prompts, _vocabulary(model))
 
     def shorten(self, limit: int | None) -> None:
         """Make it no longer than ``limit``, if there is one."""
         self.length = min((n for n in (self.length, limit) if n is not None), default=None)
+
+    def check(self, tokenizer: Any, rows: Iterable[list[int]]) -> None:
+        """Refuse token ids that the model does not know.
+
+        Raises:
+            ValueError: Naming the last such token.
+        """
+        last = max((max(ids, default=0) for ids in rows), default=0)
+        if self.vocabulary is not None and last >= self.vocabulary:
+            raise ValueError(
+                f"token {last} of the tokenizer ({tokenizer.convert_ids_to_tokens(last)}) is none of the "
+                f"{self.vocabulary} that the model has an embedding of: take the model's own tokenizer, or "
+                "resize_token_embeddings(len(tokenizer)) and save the model"
+            )
 
     def fit(self, prompt: list[int], reserve: int) -> list[int]:
         """The prompt, or its end, so that ``reserve`` more tokens have room.

@@ -50,13 +50,15 @@ def score_continuations(
         context: Where truncated prompts are counted; it brings its own ``long_prompts``.
 
     Raises:
-        ValueError: If a prompt's tokens are no prefix of prompt + continuation's, or a prompt is refused.
+        ValueError: If a prompt's tokens are no prefix of prompt + continuation's, a prompt is refused, or a token has
+            no embedding.
     """
     context = context or Context.of(model, tokenizer, long_prompts)
     tokens = []
     for prompt, completion in pairs:
         ids, wanted = tokenize_pair(tokenizer, prompt, completion)
         tokens.append((context.fit(ids, len(wanted)), wanted))
+    context.check(tokenizer, (part for pair in tokens for part in pair))
     sharing: dict[tuple[int, ...], list[int]] = {}  # the letters of one question differ in the last token only
     for i, (ids, wanted) in enumerate(tokens):
         sharing.setdefault(tuple(ids + wanted[:-1]), []).append(i)

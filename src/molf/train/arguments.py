@@ -196,13 +196,15 @@ class MethodArguments:
         for name in ("model_init_kwargs", *(("optim_args", "optim_target_modules") if spec.routes else ())):
             if getattr(args, name):
                 raise ValueError(f"{name}={getattr(args, name)}: {self.method} does not use it; leave it out")
-        if spec.adapter and not spec.routes and args.weight_decay != TrainArguments.weight_decay:
+        if spec.adapter and not (spec.routes and self.train_other) and args.weight_decay != TrainArguments.weight_decay:
             raise ValueError(f"weight_decay={args.weight_decay}: {self.method} takes lora_weight_decay")
         if self.method == "adalora" and not starts_anew(args.resume_from_checkpoint):
             raise ValueError(
                 f"resume_from_checkpoint={args.resume_from_checkpoint}: adalora's importance scores are in no "
                 "checkpoint, so it cannot continue exactly; start a new run in another output_dir"
             )
+        if self.method == "adalora" and args.on_nonfinite == "skip":
+            raise ValueError("on_nonfinite=skip: adalora scores its ranks by the gradients of every step; use stop")
         evaluates = args.eval_strategy != "no"
         if self.task is None and bool(self.eval_dataset_path) != evaluates:
             raise ValueError(

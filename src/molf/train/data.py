@@ -132,13 +132,16 @@ def fit_examples(dataset: Any, tokenizer: Any, context: Context, name: str) -> A
         name: What the data are, for the error message.
 
     Raises:
-        ValueError: If an example is too long and to be refused, or its completion alone is.
+        ValueError: If an example is too long and to be refused, or its completion alone is, or a token has no
+            embedding.
     """
     from datasets import Dataset
 
     pairs = [(row["prompt"], row["completion"] + tokenizer.eos_token) for row in dataset]
     limit = context.length
     batch = tokenizer([prompt + completion for prompt, completion in pairs]).input_ids
+    padding = [] if tokenizer.pad_token_id is None else [tokenizer.pad_token_id]
+    context.check(tokenizer, [*batch, padding])
     if limit is None or max(map(len, batch)) <= limit:
         return dataset
     tokens = [tokenize_pair(tokenizer, prompt, completion) for prompt, completion in pairs]

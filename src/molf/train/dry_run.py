@@ -9,7 +9,7 @@ import gc
 import io
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -136,7 +136,9 @@ def compared(found: DryRun) -> str:
 
 def _one_step(method: MethodArguments, args: TrainArguments) -> _OneStep:
     args, seen = copy.deepcopy(args), _OneStep()
-    args.save_strategy, args.eval_strategy, args.disable_tqdm = "no", "no", True
+    args.save_strategy, args.eval_strategy, args.eval_on_start, args.disable_tqdm = "no", "no", False, True
+    if method.task is None:  # nothing is evaluated
+        method = replace(method, eval_dataset_path=None)
     args.logging_strategy, args.logging_steps = "steps", 1
     args.report_to = []  # what "none" has become
     args.resume_from_checkpoint = None
