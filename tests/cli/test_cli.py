@@ -270,10 +270,13 @@ def test_a_token_that_the_model_does_not_know_is_refused(tmp_path, capsys, speci
     tokenizer.add_special_tokens({special: "<more>"} if special else {"additional_special_tokens": ["<more>"]})
     tokenizer.save_pretrained(model)
     Path(data).write_text(json.dumps({"prompt": "The", "completion": " lion" + ("" if special else "<more>")}) + "\n")
-    options = ["--model_name_or_path", model, "--use_cpu", "true", "--max_steps", "1"]
-    error = fails(capsys, "train", "--dataset_path", data, "--output_dir", out, "--expert_ranks", "2", *options)
+    command = ["train", "--dataset_path", data, "--model_name_or_path", model, "--use_cpu", "true", "--max_steps", "1"]
+    command += ["--expert_ranks", "2", "--disable_tqdm", "true"]
+    error = fails(capsys, *command, "--output_dir", out)
     assert "token 1231 of the tokenizer (<more>) is none of the 1231 that the model has" in error
     assert not Path(out).exists()
+    if special == "pad_token":  # which is not used then
+        assert main([*command, "--per_device_train_batch_size", "1", "--output_dir", out]) == 0
 
 
 def test_long_examples_are_cut_from_the_left_or_refused(tmp_path, capsys) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from molf.assets import BUNDLED_MODEL
@@ -138,6 +139,8 @@ def test_bad_arguments(model, tokenizer) -> None:
         generate(model, tokenizer, ["a", "a<more>"])
     with pytest.raises(ValueError, match=r"\(<more>\) is none of the 1231 that the model has"):
         score_continuations(model, tokenizer, [("a", " b"), ("a", " <more>")])
+    unknown = Context.of(nn.Linear(2, 2), tokenizer)  # no embedding is known: nothing is refused
+    unknown.check(tokenizer, [[10**6]])
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="no EOS token"):
         generate(model, tokenizer, ["a"])

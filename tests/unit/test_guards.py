@@ -363,6 +363,8 @@ def test_groups_added_later_train_as_adamw() -> None:
     extra.grad = torch.ones(3)
     optimizer.step()
     torch.testing.assert_close(extra.detach(), torch.full((3,), 0.9))
+    optimizer.add_param_group({"params": nn.LayerNorm(3).named_parameters()})
+    assert optimizer.param_groups[-1]["param_names"] == ["weight", "bias"]
     with pytest.raises(ValueError, match="expert='dens': choose one of"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))], "expert": "dens"})
 

@@ -258,6 +258,18 @@ def test_a_group_that_is_added_is_stepped_in_the_backward_pass_too() -> None:
     assert optimizer.state[extra]["step"] == 2
 
 
+def test_a_group_that_is_added_between_two_backward_passes_is_stepped_too() -> None:
+    model, extra = nn.Sequential(nn.Linear(4, 4)), nn.Linear(4, 4)
+    optimizer = create_molf_optimizer(model, MoLFConfig(expert_ranks=(2,), step_in_backward=True))
+    before = extra.weight.detach().clone()
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.add_param_group({"params": extra.parameters()})
+    extra(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(extra.weight, before)
+    assert list(optimizer.routing) == ["0"]
+
+
 def test_a_layer_whose_bias_was_frozen_since_is_named_when_it_steps_in_the_backward_pass() -> None:
     model = nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 2))
     optimizer = create_molf_optimizer(model, MoLFConfig(expert_ranks=(2,), step_in_backward=True, **RATES))

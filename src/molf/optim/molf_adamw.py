@@ -82,6 +82,7 @@ class MoLFAdamW(MoLFStep):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As of the state; with ``step_in_backward`` these parameters, too, are stepped in the backward pass."""
         super().add_param_group(param_group)
+        self._stacks = None
         if self._in_backward is not None:
             for parameter in self.param_groups[-1]["params"]:
                 self._in_backward.add([parameter])
@@ -155,10 +156,11 @@ class MoLFAdamW(MoLFStep):
     def _step_unit(self, index: int) -> None:
         """One module's or parameter's step, in the backward pass."""
         known = self._stacks
-        if known is None or (self._in_backward is not None and len(self._in_backward.stepped) == 1):
+        if self._in_backward is not None and len(self._in_backward.stepped) == 1:
             self._check_written()
             self.decisions = []
-            known = self.stacks()  # once, not for every unit: a look at all tensors
+            known = None
+        known = known or self.stacks()  # once, not for every unit: a look at all tensors
         if index < len(self.modules):
             self._step(known, [self.modules[index]], [])
         else:

@@ -163,8 +163,8 @@ class RoutingRecorder:
     def record(self) -> None:
         """Append the optimizer's latest routing decision."""
         step, last = self._steps_taken(), 0 if self.latest is None else self.latest["step"]
-        # an earlier state was loaded: what followed it is dropped
-        if self._file is not None and step <= last and self.optimizer.decisions:
+        goes_back = step < last or (step == last and bool(self.optimizer.decisions))
+        if self._file is not None and goes_back:  # an earlier state was loaded: what followed it is dropped
             self._file.close()
             self._file = None
         if self._file is None:

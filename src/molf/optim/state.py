@@ -86,7 +86,8 @@ class MoLFState(Optimizer):
         param_group.setdefault("lr", self.config.lr)
         params = param_group["params"] = _listed(param_group["params"])
         param_group.setdefault("param_names", [f"added.{len(self.param_groups)}.{i}" for i in range(len(params))])
-        for name, parameter in zip(param_group["param_names"], params, strict=True):
+        for pair in zip(param_group["param_names"], params, strict=True):
+            name, parameter = pair[1] if isinstance(pair[1], tuple) else pair  # named ones, as torch takes them
             if parameter.dtype == torch.float16 and not self.config.keep_base:
                 raise ValueError(
                     f"keep_base=False and {name} is float16, which is not rounded stochastically: use bfloat16, or "

@@ -62,9 +62,8 @@ def generate(
     context.check(tokenizer, [*rows, [eos]])
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     said = [""] * len(rows)
-    pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     settings = GenerationConfig(
-        do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, eos_token_id=eos, pad_token_id=pad, use_cache=True
+        do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, eos_token_id=eos, pad_token_id=eos, use_cache=True
     )
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     own, training = inner.generation_config, model.training

@@ -54,9 +54,11 @@ def context_length(model: Any, tokenizer: Any) -> int | None:
 
 
 def _vocabulary(model: Any) -> int | None:
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    weight = getattr(embedding, "weight", None)
-    return None if weight is None else len(weight)
+    try:
+        weight = model.get_input_embeddings().weight
+    except (AttributeError, NotImplementedError):  # of models that transformers does not know
+        return None
+    return len(weight) or None  # none are there where they are spread over processes
 
 
 @dataclass

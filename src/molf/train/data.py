@@ -140,8 +140,7 @@ def fit_examples(dataset: Any, tokenizer: Any, context: Context, name: str) -> A
     pairs = [(row["prompt"], row["completion"] + tokenizer.eos_token) for row in dataset]
     limit = context.length
     batch = tokenizer([prompt + completion for prompt, completion in pairs]).input_ids
-    padding = [] if tokenizer.pad_token_id is None else [tokenizer.pad_token_id]
-    context.check(tokenizer, [*batch, padding])
+    context.check(tokenizer, batch)
     if limit is None or max(map(len, batch)) <= limit:
         return dataset
     tokens = [tokenize_pair(tokenizer, prompt, completion) for prompt, completion in pairs]

@@ -87,7 +87,7 @@ def _train(
     with naming(method.model_name_or_path):
         model = load_model(method.model_name_or_path, method.dtype, **_hub(method, args), **_quantized(method, args))
         resolved["model_commit"] = hub_commit(method.model_name_or_path, method.model_revision)
-    dataset, cut = _fit(task, dataset, scored, model, tokenizer, method, args.max_length)
+    dataset, cut = _fit(task, dataset, scored, model, tokenizer, method, args)
     check_alike("training examples", dataset)
     adapted = Adapted(model, method.method, config, resolved["model_commit"]) if spec.saves_adapter(config) else None
     if args.fsdp:
@@ -281,7 +281,7 @@ def _fit(
     model: Any,
     tokenizer: Any,
     method: MethodArguments,
-    max_length: int | None,
+    args: TrainArguments,
 ) -> tuple[Any, dict[str, int]]:
     """The training set within context and ``max_length``, and as a metric how many prompts were cut, if any.
 
@@ -292,8 +292,11 @@ def _fit(
         if task is not None:
             name = part or method.eval_dataset_path or method.dataset_path or task.name
             fit_examples([task.example(record) for record in records], tokenizer, context, name)
-    context.shorten(max_length)
+    context.shorten(args.max_length)
     dataset = fit_examples(dataset, tokenizer, context, method.dataset_path or str(method.task))
+    padding = tokenizer.convert_tokens_to_ids(args.pad_token or tokenizer.pad_token or tokenizer.eos_token)
+    if padding is not None and args.per_device_train_batch_size > 1:
+        context.check(tokenizer, [[padding]])
     if not context.truncated:
         return dataset, {}
     print(f"{context.truncated} of {len(dataset)} prompts are longer than {context.length} tokens: cut from the left")
