@@ -13,7 +13,6 @@ from .sharding import anywhere, local
 DECISIVE = tuple("expert_ranks scales score_fn top_k policy random_shares policy_seed".split())
 """Settings of ``MoLFConfig`` that every group has, and that have to be the same where a state is loaded."""
 
-
 _NEEDED = {"params", "lr", "weight_decay", "betas", "eps"}
 
 

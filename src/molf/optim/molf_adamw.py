@@ -155,12 +155,11 @@ class MoLFAdamW(MoLFStep):
     @torch.no_grad()
     def _step_unit(self, index: int) -> None:
         """One module's or parameter's step, in the backward pass."""
-        known = self._stacks
-        if self._in_backward is not None and len(self._in_backward.stepped) == 1:
+        first = self._in_backward is not None and len(self._in_backward.stepped) == 1
+        if first:
             self._check_written()
             self.decisions = []
-            known = None
-        known = known or self.stacks()  # once, not for every unit: a look at all tensors
+        known = self.stacks() if first or self._stacks is None else self._stacks  # a look at all tensors only once
         if index < len(self.modules):
             self._step(known, [self.modules[index]], [])
         else:

@@ -310,7 +310,7 @@ class MoLFState(Optimizer):
         return next(group for group in self.param_groups if group["expert"] == expert)
 
     def _group_of(self, part: Part) -> dict[str, Any]:
-        """The group of a weight, a bias, or A and B, whose first expert's it is."""
+        """The group of its tensors: of A and B that of the first LoRA expert, by whose betas and ε they go."""
         return self._group(self._lora_experts[0]) if part.by_row else self.param_groups[part.slots[0][0]]
 
     def _is_uniform(self) -> bool:

@@ -54,11 +54,11 @@ def context_length(model: Any, tokenizer: Any) -> int | None:
 
 
 def _vocabulary(model: Any) -> int | None:
+    """Rows of the input embedding; None where transformers finds none, or they are in other processes."""
     try:
-        weight = model.get_input_embeddings().weight
-    except (AttributeError, NotImplementedError):  # of models that transformers does not know
+        return len(model.get_input_embeddings().weight) or None
+    except (AttributeError, NotImplementedError):
         return None
-    return len(weight) or None  # none are there where they are spread over processes
 
 
 @dataclass
