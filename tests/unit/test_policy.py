@@ -13,6 +13,7 @@ from molf import MoLFAdamW, MoLFConfig, create_molf_optimizer, read_routing
 from molf.optim import RoutingRecorder
 from molf.optim.policy import priorities
 from molf.optim.reference import MoLFAdamWReference
+from molf.optim.routing import winners_of
 
 RATES = {"lr": 1e-3, "lora_lr": 3e-3}
 
@@ -27,8 +28,8 @@ def run(config: MoLFConfig, steps: int = 4) -> tuple[nn.Module, MoLFAdamW]:
 
 def drawn(config: MoLFConfig, modules: int, steps: int) -> list[tuple[int, ...]]:
     turns = [(module, step) for module in range(modules) for step in range(1, steps + 1)]
-    ranked = priorities(config, torch.zeros(len(turns), len(config.experts)), turns)
-    return [tuple(row) for row in ranked.sort(dim=1, descending=True).indices[:, : config.top_k].tolist()]
+    ranked = priorities(config, [[0.0] * len(config.experts)] * len(turns), turns)
+    return [tuple(best) for best in winners_of(ranked, config.top_k)]
 
 
 def test_fixed_dense_is_full_fine_tuning() -> None:

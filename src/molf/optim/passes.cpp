@@ -17,7 +17,7 @@ constexpr int64_t PIECE = 4096;   // elements of a row at most that are worked o
 constexpr int64_t SHARE = 65536;  // elements that a thread takes, about: pieces differ in size
 constexpr int64_t BLOCK = 64;     // elements of a vectorised loop
 constexpr int64_t LINE = 16;      // floats of a cache line
-constexpr int64_t AHEAD = 256;    // elements from the one in work to the one that is fetched
+constexpr int64_t AHEAD = 256;    // elements from the one in work to the one that is fetched into the L2
 constexpr int64_t HEIGHT = 2;     // rows and columns of P whose sums stay in registers
 constexpr int64_t WIDTH = 32;
 
@@ -100,10 +100,10 @@ double piece(const Job& job, int64_t start, int64_t count, float decay, float si
   int64_t k = 0;
   for (; k + BLOCK <= count; k += BLOCK) {
     for (int64_t line = k + AHEAD; line < k + AHEAD + BLOCK; line += LINE) {
-      if (kind != UPDATE) __builtin_prefetch(grad + line);
-      if (kind != SQUARES) __builtin_prefetch(m + line);
-      if (kind != SQUARES) __builtin_prefetch(v + line);
-      if (kind >= UPDATE) __builtin_prefetch(value + line);
+      if (kind != UPDATE) __builtin_prefetch(grad + line, 0, 2);
+      if (kind != SQUARES) __builtin_prefetch(m + line, 0, 2);
+      if (kind != SQUARES) __builtin_prefetch(v + line, 0, 2);
+      if (kind >= UPDATE) __builtin_prefetch(value + line, 0, 2);
     }
     float sum = 0;
 #pragma omp simd reduction(+ : sum)

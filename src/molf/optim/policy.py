@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable
-
-from torch import Tensor
+from collections.abc import Iterable, Sequence
 
 from .config import MoLFConfig
-from .scalars import numbers
 
 
-def priorities(config: MoLFConfig, scores: Tensor, turns: Iterable[tuple[int, int]]) -> Tensor:
-    """What the experts of every module are ranked by, (M, E), higher first.
+def priorities(
+    config: MoLFConfig, scores: Sequence[Sequence[float]], turns: Iterable[tuple[int, int]]
+) -> Sequence[Sequence[float]]:
+    """What the experts of every module are ranked by, M rows of E, higher first: the scores, but in a control.
 
     ``random`` draws experts one after the other in proportion to ``random_shares`` w_i, without putting back: the
     order of log(u_i) / w_i with u_i uniform in (0, 1] (Efraimidis and Spirakis 2006, as exponential clocks). The draw
@@ -22,24 +21,20 @@ def priorities(config: MoLFConfig, scores: Tensor, turns: Iterable[tuple[int, in
 
     Args:
         config: The policy.
-        scores: (M, E).
+        scores: M rows of E.
         turns: Index and number of steps, this one included, of each of the M modules.
 
     Example:
-        >>> import torch
-        >>> config = MoLFConfig(policy="fixed-dense")
-        >>> priorities(config, torch.tensor([[0.1, 0.9]]), [(0, 1)]).argmax().item()
-        0
+        >>> priorities(MoLFConfig(policy="fixed-dense"), [[0.1, 0.9]], [(0, 1)])
+        [[0.1, -inf]]
     """
     if config.policy == "random":
-        draws = [_draw(config, f"{config.policy_seed}/{index}/{step}") for index, step in turns]
-        return numbers(draws, scores)
-    ranked = scores.clone()
+        return [_draw(config, f"{config.policy_seed}/{index}/{step}") for index, step in turns]
     if config.policy == "fixed-dense":
-        ranked[:, 1:] = -math.inf
-    elif config.policy == "fixed-lora":
-        ranked[:, 0] = -math.inf
-    return ranked
+        return [[row[0], *[-math.inf] * (len(row) - 1)] for row in scores]
+    if config.policy == "fixed-lora":
+        return [[-math.inf, *row[1:]] for row in scores]
+    return scores
 
 
 def _draw(config: MoLFConfig, key: str) -> list[float]:
@@ -49,5 +44,5 @@ def _draw(config: MoLFConfig, key: str) -> list[float]:
 
 
 def _rank(u: float, w: float) -> float:
-    """Ordered like u / w for u <= 0 < w, but in the range of float32 however small w is."""
+    """Ordered like u / w for u <= 0 < w, but in the range of floats however small w is."""
     return math.log(w) - math.log(-u) if u else math.inf

@@ -39,44 +39,32 @@ class Decision:
         modules: Names of the modules, M of them.
         scores: Of every expert, M rows.
         winners: Expert indices, best first, M rows.
-        finite: Whether all gradients were finite.
     """
 
     modules: tuple[str, ...]
     scores: list[list[float]]
     winners: list[list[int]]
-    finite: bool
 
 
-def decide(
-    modules: tuple[str, ...],
-    scores: Tensor,
-    top_k: int,
-    ranked_by: Tensor | None = None,
-    gate: Tensor | None = None,
-) -> Decision:
-    """The ``top_k`` experts of every module by score; of equal scores the lower index. One device-to-host copy.
+def read_sums(sums: Tensor, gate: Tensor | None = None) -> tuple[list[list[float]], bool]:
+    """What the scores are made of, (M, E), and whether all gradients were finite: a step's one device-to-host copy.
 
     Args:
-        modules: Module names, M of them.
-        scores: (M, E).
-        top_k: From 1 to E.
-        ranked_by: (M, E), what decides in place of the scores in a control; the decision keeps the scores.
-        gate: Whether all gradients were finite, 0-dimensional, on a device; None is true.
+        sums: On any device.
+        gate: Whether the gradients were, 0-dimensional; None is true.
+    """
+    if gate is None:
+        return to_host(sums), True
+    *rows, last = to_host(torch.cat([sums, gate.to(sums).expand(1, sums.shape[1])]))
+    return rows, bool(last[0])
+
+
+def winners_of(ranked: Sequence[Sequence[float]], top_k: int) -> list[list[int]]:
+    """The ``top_k`` experts of every module, best first; of equal ones the lower index.
 
     Source: arXiv:2605.07111, section 4.3.
     """
-    order = torch.sort(scores if ranked_by is None else ranked_by, dim=1, descending=True, stable=True).indices
-    rows = torch.cat([scores, order[:, :top_k].to(scores.dtype)], dim=1)
-    if gate is not None:
-        rows = torch.cat([rows, gate.to(rows).expand(len(rows), 1)], dim=1)
-    experts, listed = scores.shape[1], to_host(rows)
-    return Decision(
-        modules,
-        [row[:experts] for row in listed],
-        [[int(index) for index in row[experts : experts + top_k]] for row in listed],
-        gate is None or bool(listed[0][-1]),
-    )
+    return [sorted(range(len(row)), key=row.__getitem__, reverse=True)[:top_k] for row in ranked]
 
 
 def to_host(rows: Tensor) -> list[list[float]]:

@@ -171,11 +171,11 @@ class Selection:
         self.stacks, self.others, self._index = stacks, others, index
         self.starts = list(zip(accumulate(map(len, stacks), initial=0), stacks, strict=False))
         listed = [name for stack in stacks for name in stack.names]
-        order = sorted(range(len(listed)), key=lambda i: index[listed[i]])
-        self.names = tuple(listed[i] for i in order)
+        self._order = sorted(range(len(listed)), key=lambda i: index[listed[i]])
+        self.names = tuple(self.in_model_order(listed))
         rows = [start + k for start, stack in self.starts for part in stack.dense for k in part.members]
         self.dense_rows = len(rows)
-        self._order, self._module_of_row = (None if each == list(range(len(each))) else each for each in (order, rows))
+        self._module_of_row = None if rows == list(range(len(rows))) else rows
         self.positions = [each for stack in stacks for positions in stack.positions for each in positions]
         self.positions += [other.position for other in others]
         self._kept: dict[Any, Any] = {}
@@ -203,20 +203,18 @@ class Selection:
         """The stacks one by one."""
         return [Selection([stack], [], self._index) for stack in self.stacks]
 
-    def in_model_order(self, rows: Tensor) -> Tensor:
-        """One row of each module, which come in the stacks' order."""
-        return rows if self._order is None else rows[self._index_of("order", self._order, rows)]
+    def in_model_order(self, rows: list[Any]) -> list[Any]:
+        """Something of each module, which come in the stacks' order."""
+        return [rows[i] for i in self._order]
 
     def by_module(self, sums: Tensor) -> Tensor:
         """The sums of weights and of biases together, (M,), in the stacks' order."""
         if self._module_of_row is None:
             return sums
         # two terms of a sum are the same in either order
-        index = self._index_of("rows", self._module_of_row, sums)
+        rows = self._module_of_row
+        index = self._keep(sums.device, lambda: numbers(rows, sums, torch.long))
         return sums.new_zeros(len(self.names)).index_add_(0, index, sums)
-
-    def _index_of(self, name: str, places: list[int], like: Tensor) -> Tensor:
-        return self._keep((name, like.device), lambda: numbers(places, like, torch.long))
 
     def _keep(self, key: Any, make: Callable[[], Any]) -> Any:
         """What ``make`` returns, which is asked once for a key."""

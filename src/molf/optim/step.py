@@ -6,6 +6,8 @@ Everything here works on stacks: K modules of one shape (``stacks.py``). ``updat
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -19,8 +21,8 @@ from .guards import GradientCheck, check_gradients, check_unchanged, look_at
 from .jobs import Jobs, track_all
 from .layout import RoutedModule, Slot
 from .policy import priorities
-from .routing import Decision, decide
-from .scalars import join, numbers
+from .routing import Decision, read_sums, winners_of
+from .scalars import join
 from .selection import Selection, Stack
 from .sharding import Shards
 from .stacks import Stacks
@@ -60,8 +62,8 @@ class MoLFStep(MoLFUpdate):
     def _step(self, known: Stacks, active: Sequence[RoutedModule], others: Sequence[Slot]) -> None:
         """One step of these modules and of these parameters that are not routed; ``known`` are all stacks.
 
-        On an accelerator the one read of the step is that of the winners. Whether all gradients are finite comes with
-        it; until then a gate on the device keeps the moments as they are if that is not so.
+        On an accelerator the one read of the step is that of the sums that scores are made of. Whether all gradients
+        are finite comes with it; until then a gate on the device keeps the moments as they are if that is not so.
         """
         if not active and not others:
             return
@@ -81,11 +83,11 @@ class MoLFStep(MoLFUpdate):
         if not selection.stacks:
             check.raise_if_broken(check.gate is None or bool(check.gate))
             return check, {}
-        scores = selection.in_model_order(self._scores(selection, self._track(selection, grads, check)))
-        controlled = self.config.policy != "score"
-        ranked_by = priorities(self.config, scores, self._turns(selection)) if controlled else None
-        decision = decide(selection.names, scores, self.config.top_k, ranked_by, check.gate)
-        check.raise_if_broken(decision.finite)
+        sums, finite = read_sums(self._track(selection, grads, check), check.gate)
+        check.raise_if_broken(finite)
+        scores = selection.in_model_order(self._scores(selection, sums))
+        ranked = priorities(self.config, scores, self._turns(selection))
+        decision = Decision(selection.names, scores, winners_of(ranked, self.config.top_k))
         self.decisions.append(decision)
         return check, dict(zip(selection.names, decision.winners, strict=True))
 
@@ -164,17 +166,19 @@ class MoLFStep(MoLFUpdate):
             shares.append(share)
         return torch.cat(shares)
 
-    def _scores(self, selection: Selection, sums: Tensor) -> Tensor:
-        """Scores (M, E) from the sums: (η_i / N_i) Σ for "epd", √(Σ / N_i) for "pfn".  Source: section 4.3."""
+    def _scores(self, selection: Selection, sums: Sequence[Sequence[float]]) -> list[list[float]]:
+        """Of M rows of E sums the scores: (η_i / N_i) Σ for "epd", √(Σ / N_i) for "pfn".  Source: section 4.3."""
         rates = [float(self._group(expert)["lr"]) for expert in self.experts]
         epd = self.config.score_fn == "epd"
-        factors: list[float] = []
-        for stack in selection.stacks:
-            sizes = stack.modules[0].sizes
-            own = [rate / size for rate, size in zip(rates, sizes, strict=True)] if epd else list(sizes)
-            factors += own * len(stack)
-        factor = numbers(factors, sums).view_as(sums)
-        return sums * factor if epd else (sums / factor).sqrt_()
+        scores: list[list[float]] = []
+        for start, stack in selection.starts:
+            sizes, rows = stack.modules[0].sizes, sums[start : start + len(stack)]
+            if epd:
+                factors = [rate / size for rate, size in zip(rates, sizes, strict=True)]
+                scores += [list(map(operator.mul, factors, row)) for row in rows]
+            else:
+                scores += [list(map(math.sqrt, map(operator.truediv, row, sizes))) for row in rows]
+        return scores
 
     def _turns(self, selection: Selection) -> Iterator[tuple[int, int]]:
         """Index and number of steps of every module, for a policy that asks for them."""
