@@ -1,4 +1,4 @@
-# make demo: fine-tune the bundled model by every method.  make test: lint, types and the whole offline suite.
+# make demo: fine-tune the bundled model by every method.  make test: lint, types and all tests but the slow ones.
 PYTHON ?= python3
 PIP = .venv/bin/pip install -q --disable-pip-version-check -c constraints.txt
 

@@ -84,7 +84,7 @@ class MoLFConfig:
         "rounds bf16 weights, which then have no fp32 master, stochastically.",
         True,
     )
-    moments_8bit: bool = _help("Keep the moments in 8 bits (torchao).", False)
+    moments_8bit: bool = _help("Keep the moments of all but the LoRA experts in 8 bits (torchao).", False)
     step_in_backward: bool = _help(
         "Step every layer in the backward pass and free its gradient at once; no accumulation, no max_grad_norm.", False
     )

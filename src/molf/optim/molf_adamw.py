@@ -39,13 +39,14 @@ class MoLFAdamW(MoLFStep):
     ``weight_decay`` are that expert's, "dense_bias" without decay, "other" / "other_no_decay", and "base" for weights
     under virtual experts that have no dense one.
     Groups of virtual experts hold no parameter, only their ``lr`` and ``weight_decay``; the parameters of a stacked
-    adapter are in the first LoRA expert's group. Any scheduler works on them.
+    adapter are in the first LoRA expert's group. Schedulers work on them; ``OneCycleLR``, ``CyclicLR`` and
+    ``SWALR`` need a list of rates, one per group.
 
     ``state[weight]`` holds ``step``, ``exp_avg``, ``exp_avg_sq`` and, for virtual experts, ``base`` (W, laid
     out like the weight), ``lora_A`` (R, in), ``lora_B`` (out, R, true B_i without the scale) and their moments.
     Moments are fp32 for models in bf16 or fp16, and every trained value then has an fp32 master, ``base``. In fp32
-    ``base`` is the weight itself until a LoRA expert wins, of the layer or of a small one that it is stepped together
-    with. With ``keep_base=False`` there is no ``base``.
+    ``base`` is the weight itself until a LoRA expert of the layer, or of a small layer stepped with it,
+    wins. With ``keep_base=False`` there is no ``base``.
 
     Args:
         params: Parameter groups with the key "expert".
