@@ -371,6 +371,24 @@ def with_seeds_of_their_own(kind: str, steps: int) -> dict[str, torch.Tensor]:
     return parameters | {f"{i}.{k}": whole(t) for i, e in enumerate(optimizer.state.values()) for k, t in e.items()}
 
 
+def a_new_head(steps: int) -> list[torch.Tensor]:
+    """Weights and masters in bf16 of a model whose head each process draws for itself, as accelerate prepares it."""
+    torch.manual_seed(0)
+    body = nn.Linear(8, 8)
+    torch.manual_seed(1 + dist.get_rank())
+    model = nn.Sequential(body, nn.Tanh(), nn.Linear(8, 2)).bfloat16()
+    config = MoLFConfig(expert_ranks=(2,), exclude_modules=["2"], lr=1e-3, lora_lr=1e-3)
+    optimizer = create_molf_optimizer(model, config)
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    optimizer.load_state_dict(optimizer.state_dict())  # accelerate's, to place it
+    for step in range(steps):
+        x = torch.randn(8, 8, generator=torch.Generator().manual_seed(step)).bfloat16()
+        wrapped(x).float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [*model.parameters(), *(state["base"] for state in optimizer.state.values())]
+
+
 def narrow_layers(kind: str, compiles: bool, steps: int) -> list[Any]:
     """Winners of a plain model of which a layer has fewer outputs than there are processes."""
     torch.manual_seed(0)
