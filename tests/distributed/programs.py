@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -305,6 +305,7 @@ def refusals() -> list[str]:
     """What is refused, in the order of the test that reads them."""
     world = dist.get_world_size()
     cases = [_sharded_after, _in_backward, _stochastic, _eight_bits, _tensor_parallel, _half_sharded, _fsdp1, _late_ddp]
+    cases += [_frozen_after_ddp, _sharded_by_rank]
     messages = []
     for case in cases:
         try:
@@ -357,6 +358,17 @@ def _late_ddp(mesh: Any) -> None:
     config = MoLFConfig(expert_ranks=(4,))
     model = get_peft_model(causal_lm("llama"), molf_lora_config(config))
     create_molf_optimizer(nn.parallel.DistributedDataParallel(model), config)
+
+
+def _frozen_after_ddp(mesh: Any) -> None:
+    create_molf_optimizer(nn.parallel.DistributedDataParallel(causal_lm("llama")), MoLFConfig(train_other=False))
+
+
+def _sharded_by_rank(mesh: Any) -> None:
+    config = MoLFConfig(expert_ranks=(2, 4), train_base=False)
+    model = get_peft_model(causal_lm("llama"), molf_lora_config(config))
+    fully_shard(model, mesh=mesh, shard_placement_fn=lambda p: Shard(1) if p.dim() == 2 else None)
+    create_molf_optimizer(model, config)
 
 
 def with_seeds_of_their_own(kind: str, steps: int) -> dict[str, torch.Tensor]:

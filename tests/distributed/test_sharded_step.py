@@ -81,7 +81,9 @@ def test_what_is_refused(tmp_path):
         "tensor-parallel weights cannot be routed",
         "call fully_shard on the model itself",
         "FSDP1",
-        "make the optimizer before wrapping the model",
+        "embed_tokens.weight was frozen when the model was wrapped",
+        "was trained when the model was wrapped",
+        "lora_B.default.weight is sharded by its ranks",
     ]
     for messages in run(tmp_path, 2, refusals):
         for part, message in zip(expected, messages, strict=True):
