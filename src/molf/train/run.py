@@ -131,7 +131,9 @@ def _train(
     if spec.routes and first:
         metrics["expert_share"] = _expert_shares(out, config)
     if task is not None and method.eval_at_end and (first or is_sharded(trainer.model)):
-        metrics |= _scores(task, trainer.model, tokenizer, scored, method.method)
+        # without the autocast of training: as of what is saved, and as after a resume that trains no more
+        plain = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+        metrics |= _scores(task, plain, tokenizer, scored, method.method)
     if first:
         write_json(out / "metrics.json", metrics)
     return metrics
