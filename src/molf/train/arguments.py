@@ -205,6 +205,10 @@ class MethodArguments:
             )
         if self.method == "adalora" and args.on_nonfinite == "skip":
             raise ValueError("on_nonfinite=skip: adalora scores its ranks by the gradients of every step; use stop")
+        if self.method == "adalora" and args.load_best_model_at_end:
+            raise ValueError(
+                "load_best_model_at_end=True: adalora's last ranks are not those of the best checkpoint; leave it out"
+            )
         evaluates = args.eval_strategy != "no"
         if self.task is None and bool(self.eval_dataset_path) != evaluates:
             raise ValueError(
