@@ -297,7 +297,8 @@ def _fit(
         args.max_length = context.length
     dataset = fit_examples(dataset, tokenizer, context, method.dataset_path or str(method.task))
     padding = tokenizer.convert_tokens_to_ids(args.pad_token or tokenizer.pad_token or tokenizer.eos_token)
-    if padding is not None and args.per_device_train_batch_size > 1:
+    evaluated = args.per_device_eval_batch_size if args.eval_strategy != "no" else 1
+    if padding is not None and (max(args.per_device_train_batch_size, evaluated) > 1 or args.pad_to_multiple_of):
         context.check(tokenizer, [[padding]])
     if not context.truncated:
         return dataset, {}
