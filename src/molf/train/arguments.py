@@ -348,3 +348,5 @@ class TrainArguments(SFTConfig):
         self.fsdp = self.fsdp_config = None  # the Trainer would have accelerate shard, after the optimizer is made
         super().__post_init__()
         this.fsdp, this.fsdp_config = fsdp, config
+        if self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy") and self.greater_is_better:
+            self.lr_scheduler_kwargs = {"mode": "max", **(this.lr_scheduler_kwargs or {})}  # their own default is "min"
