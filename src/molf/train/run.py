@@ -43,6 +43,7 @@ from .methods import METHODS, Adapted
 from .nonfinite import FiniteSteps, skipped_steps
 from .quantize import PACKAGES, keep_adapters_in_fp32, quantized
 from .resume import find_checkpoint, finished, is_over
+from .sampling import SeededSampling
 from .sharded import ShardedCallback, ShardedTraining, shard
 from .verify import progress
 
@@ -168,11 +169,11 @@ def _claim(out: Path) -> int:
         return claim(out, "another process trains in this output_dir; wait for its end, or choose another folder", 10)
 
 
-class _Trainer(FiniteSteps, WholeCheckpoints, ShardedTraining, ScoredEvaluation, SFTTrainer):
+class _Trainer(FiniteSteps, WholeCheckpoints, ShardedTraining, ScoredEvaluation, SeededSampling, SFTTrainer):
     pass
 
 
-class _AdaLoraTrainer(FiniteSteps, WholeCheckpoints, ScoredEvaluation, AdaLoraTrainer):
+class _AdaLoraTrainer(FiniteSteps, WholeCheckpoints, ScoredEvaluation, SeededSampling, AdaLoraTrainer):
     pass
 
 
