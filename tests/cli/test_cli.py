@@ -276,7 +276,10 @@ def test_a_token_that_the_model_does_not_know_is_refused(tmp_path, capsys, speci
     assert "token 1231 of the tokenizer (<more>) is none of the 1231 that the model has" in error
     assert not Path(out).exists()
     if special == "pad_token":  # which is not used then
-        assert main([*command, "--per_device_train_batch_size", "1", "--output_dir", out]) == 0
+        command += ["--per_device_train_batch_size", "1"]
+        for more in (["--pad_to_multiple_of", "8"], ["--eval_strategy", "epoch", "--eval_dataset_path", data]):
+            assert "token 1231 of the tokenizer (<more>)" in fails(capsys, *command, *more, "--output_dir", out)
+        assert main([*command, "--output_dir", out]) == 0
 
 
 def test_long_examples_are_cut_from_the_left_or_refused(tmp_path, capsys) -> None:

@@ -197,6 +197,28 @@ def test_a_checkpoint_of_another_model_is_refused_before_any_weight_is_loaded(
     assert not loads
 
 
+@pytest.mark.parametrize("method", ["molf", "lora"])
+def test_a_run_that_only_scores_scores_as_one_that_trained(tmp_path, facts, method: str) -> None:
+    """Also of training in bf16, whose autocast the Trainer leaves on its model: scores are those of what is saved."""
+    out = tmp_path / "run"
+    words = ["--eval_at_end", "true", "--bf16", "true", "--resume_from_checkpoint", "auto"]
+    assert main(command(facts, out, *words, method=method)) == 0
+    metrics = json.loads((out / "metrics.json").read_text())
+    saved = {path.name: path.read_bytes() for path in out.glob("*.json") if path.name != "metrics.json"}
+    for path in (out / "metrics.json", *out.glob("*.safetensors")):
+        path.unlink()
+    assert main(command(facts, out, *words, method=method)) == 0
+    again = json.loads((out / "metrics.json").read_text())
+    scores = ("efficacy_magnitude", "exact_match", "paraphrase", "neighbourhood", "score")
+    assert {name: again[name] for name in scores} == {name: metrics[name] for name in scores}
+    for name in ("config.json", "generation_config.json", "adapter_config.json"):
+        assert name not in saved or (out / name).read_bytes() == saved[name]
+    evaluated = ["eval", "--model", str(out), "--task", "fact", "--dataset_path", str(facts), "--max_examples", "24"]
+    assert main([*evaluated, "--output", str(tmp_path / "eval.json")]) == 0
+    found = json.loads((tmp_path / "eval.json").read_text())["metrics"]
+    assert {name: found[name] for name in scores} == {name: metrics[name] for name in scores}
+
+
 def test_auto_starts_continues_and_ends(tmp_path, trained, facts, capsys) -> None:
     """One and the same command, whatever the last one left; other settings or another folder are never run over."""
     out = tmp_path / "run"

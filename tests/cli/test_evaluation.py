@@ -89,6 +89,28 @@ def test_the_model_that_metric_for_best_model_names_is_kept(tmp_path: Path) -> N
     assert found["metrics"]["efficacy"] == min(of_steps) < of_steps[-1]
 
 
+@pytest.mark.parametrize("schedule", ["reduce_lr_on_plateau", "greedy"])
+def test_schedules_by_a_metric_know_its_direction_and_its_name(tmp_path: Path, capsys, schedule: str) -> None:
+    """Their default is that less is better, also of a score."""
+    words = [*COMMON, *TASK, *EVERY_TWO, "--lr_scheduler_type", schedule, "--method", "lora", "--save_strategy", "no"]
+    words += ["--output_dir", str(tmp_path / "run")]
+    for more, kwargs in (
+        ([], None),
+        (["--metric_for_best_model", "score"], {"mode": "max"}),
+        (["--metric_for_best_model", "score", "--greater_is_better", "false"], None),
+        (["--metric_for_best_model", "score", "--lr_scheduler_kwargs", '{"mode": "min"}'], {"mode": "min"}),
+        (
+            ["--metric_for_best_model", "score", "--lr_scheduler_kwargs", '{"patience": 1}'],
+            {"mode": "max", "patience": 1},
+        ),
+    ):
+        assert parse([*words, *more])[1].lr_scheduler_kwargs == kwargs
+    assert main(["train", *words, "--metric_for_best_model", "best"]) == 2
+    error = capsys.readouterr().err
+    assert "'eval_best', which is not found in the evaluation metrics. The available evaluation metrics are:" in error
+    assert "compute_metrics" not in error
+
+
 @pytest.mark.parametrize("step", [4, 8])
 def test_a_run_that_was_moved_keeps_its_best_model(tmp_path: Path, step: int) -> None:
     """From a checkpoint in the middle, and from the last one; its best is the first, which save_total_limit keeps."""

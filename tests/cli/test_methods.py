@@ -235,6 +235,11 @@ def test_adalora_without_allocation_is_no_result(tmp_path, facts, capsys, monkey
         ("lora-sum", "--weight_decay 0.5", "lora-sum takes lora_weight_decay"),
         ("molf-e", "--weight_decay 0.5", "molf-e takes lora_weight_decay"),
         ("adalora", "--on_nonfinite skip", "on_nonfinite=skip: adalora scores its ranks"),
+        (
+            "adalora",
+            "--load_best_model_at_end true --eval_strategy steps --eval_steps 1 --save_strategy steps --save_steps 1",
+            "load_best_model_at_end=True: adalora's last ranks are not",
+        ),
         ("lora-sum", "--lora_alpha 8 8", "lora_alpha=(8.0, 8.0): give one number"),
         ("rslora", "--use_rslora false", "use_rslora=False: rslora does not use it"),
         ("adalora", "--use_rslora true", "use_rslora=True: adalora does not use it"),

@@ -4,6 +4,7 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from molf.assets import BUNDLED_MODEL
 from molf.cli import main
 from molf.cli.train import parse
 from molf.plan.memory import Workload, plan_method
-from molf.train.dry_run import fill_state, model_config, workload
+from molf.train.dry_run import dry_run, fill_state, model_config, workload
 
 STORIES = Path(__file__).parents[3] / "shared" / "models" / "stories3M"
 IN_BACKWARD = ["--step_in_backward", "true", "--gradient_accumulation_steps", "1", "--max_grad_norm", "0"]
@@ -160,6 +161,17 @@ def test_a_dry_run_takes_what_a_run_takes_for_its_evaluation(tmp_path, monkeypat
     )
     assert main(["train", *options]) == 0
     assert "MiB at its peak" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("more", [("--max_examples", "3"), ("--max_examples", "40", "--packing", "true")])
+def test_a_dry_run_estimates_the_batch_that_it_measured(more: tuple[str, ...]) -> None:
+    """Three examples are no batch of eight, and packed ones are one long row."""
+    words = ["--model_name_or_path", str(BUNDLED_MODEL), "--task", "world-fact", "--method", "fft", "--use_cpu", "true"]
+    method, args = parse([*words, *more, "--max_length", "64"])
+    found = dry_run(method, args)
+    assert (found.batch, found.length > 64) == ((1, True) if "--packing" in more else (3, False))
+    work = replace(workload(method, args, model_config(method, args), found.length), batch=found.batch)
+    assert found.plan == plan_method("fft", method.molf_config(args), work)
 
 
 @pytest.mark.slow

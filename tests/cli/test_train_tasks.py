@@ -5,10 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import TrainerCallback
 
 from molf.assets import BUNDLED_MODEL
 from molf.cli import main
+from molf.cli.train import parse
 from molf.tasks import get_task
+from molf.train.run import train
 from molf.world import counterfactual_edits, make_world
 
 OPTIONS = [
@@ -113,3 +116,21 @@ def test_what_is_refused(tmp_path, capsys) -> None:
     test = med_file(tmp_path / "test.jsonl", 40)
     assert "bad.jsonl" in refused(capsys, out, "--task", "med", "--dataset_path", test, "--eval_dataset_path", data)
     assert "openlifescienceai/medmcqa" in refused(capsys, out, "--task", "med")  # offline
+
+
+def test_wrapped_rows_are_no_longer_than_the_context(tmp_path) -> None:
+    """1,024 tokens by default, of which the bundled model takes 256; a resumed run still compares what was given."""
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_train_begin(self, *args: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
+            seen.extend(batch["input_ids"].shape[1] for batch in train_dataloader)
+
+    words = ["--task", "world-fact", "--max_examples", "60", "--packing", "true", "--packing_strategy", "wrapped"]
+    out = tmp_path / "run"
+    words = [*command(out, *words)[1:], "--save_strategy", "epoch", "--eval_at_end", "false"]
+    train(*parse(words), [Look()])
+    assert max(seen) == 256
+    assert json.loads((out / "run.json").read_text())["training"]["max_length"] == 1024
+    (out / "metrics.json").unlink()
+    assert main(["train", *words, "--resume_from_checkpoint", "last"]) == 0

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -305,6 +305,7 @@ def refusals() -> list[str]:
     """What is refused, in the order of the test that reads them."""
     world = dist.get_world_size()
     cases = [_sharded_after, _in_backward, _stochastic, _eight_bits, _tensor_parallel, _half_sharded, _fsdp1, _late_ddp]
+    cases += [_frozen_after_ddp, _sharded_by_rank]
     messages = []
     for case in cases:
         try:
@@ -359,6 +360,17 @@ def _late_ddp(mesh: Any) -> None:
     create_molf_optimizer(nn.parallel.DistributedDataParallel(model), config)
 
 
+def _frozen_after_ddp(mesh: Any) -> None:
+    create_molf_optimizer(nn.parallel.DistributedDataParallel(causal_lm("llama")), MoLFConfig(train_other=False))
+
+
+def _sharded_by_rank(mesh: Any) -> None:
+    config = MoLFConfig(expert_ranks=(2, 4), train_base=False)
+    model = get_peft_model(causal_lm("llama"), molf_lora_config(config))
+    fully_shard(model, mesh=mesh, shard_placement_fn=lambda p: Shard(1) if p.dim() == 2 else None)
+    create_molf_optimizer(model, config)
+
+
 def with_seeds_of_their_own(kind: str, steps: int) -> dict[str, torch.Tensor]:
     """Weights, experts and moments after training by processes whose random generators differ."""
     config = MoLFConfig(expert_ranks=(4, 3), lora_alpha=(3.0, 5.0), lr=1e-3, lora_lr=1e-3)
@@ -369,6 +381,24 @@ def with_seeds_of_their_own(kind: str, steps: int) -> dict[str, torch.Tensor]:
         train_step(model, optimizer, step)
     parameters = {name: whole(p) for name, p in model.named_parameters()}
     return parameters | {f"{i}.{k}": whole(t) for i, e in enumerate(optimizer.state.values()) for k, t in e.items()}
+
+
+def a_new_head(steps: int) -> list[torch.Tensor]:
+    """Weights and masters in bf16 of a model whose head each process draws for itself, as accelerate prepares it."""
+    torch.manual_seed(0)
+    body = nn.Linear(8, 8)
+    torch.manual_seed(1 + dist.get_rank())
+    model = nn.Sequential(body, nn.Tanh(), nn.Linear(8, 2)).bfloat16()
+    config = MoLFConfig(expert_ranks=(2,), exclude_modules=["2"], lr=1e-3, lora_lr=1e-3)
+    optimizer = create_molf_optimizer(model, config)
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    optimizer.load_state_dict(optimizer.state_dict())  # accelerate's, to place it
+    for step in range(steps):
+        x = torch.randn(8, 8, generator=torch.Generator().manual_seed(step)).bfloat16()
+        wrapped(x).float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [*model.parameters(), *(state["base"] for state in optimizer.state.values())]
 
 
 def narrow_layers(kind: str, compiles: bool, steps: int) -> list[Any]:

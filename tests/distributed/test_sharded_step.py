@@ -4,6 +4,7 @@ import pytest
 import torch
 from processes import run
 from programs import (
+    a_new_head,
     collectives_of_a_step,
     differ_after_a_write,
     eight_bits_that_differ,
@@ -80,7 +81,9 @@ def test_what_is_refused(tmp_path):
         "tensor-parallel weights cannot be routed",
         "call fully_shard on the model itself",
         "FSDP1",
-        "make the optimizer before wrapping the model",
+        "embed_tokens.weight was frozen when the model was wrapped",
+        "was trained when the model was wrapped",
+        "lora_B is sharded by its ranks",
     ]
     for messages in run(tmp_path, 2, refusals):
         for part, message in zip(expected, messages, strict=True):
@@ -94,6 +97,13 @@ def test_seeds_of_processes_may_differ(tmp_path, kind):
     assert first.keys() == second.keys()
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name]), name
+
+
+def test_a_head_that_each_process_draws_is_the_first_ones(tmp_path):
+    """Masters were each process's own, and accelerate, which loads the state into itself, undid what DDP had sent."""
+    first, second = run(tmp_path, 2, a_new_head, 2)
+    for here, there in zip(first, second, strict=True):
+        assert torch.equal(here, there)
 
 
 @pytest.mark.parametrize("compiles", [False, True])

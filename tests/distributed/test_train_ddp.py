@@ -72,6 +72,17 @@ def test_a_resume_is_exact(tmp_path: Path, facts: Path, method: str) -> None:
         assert winners(alone) == winners(whole)
 
 
+@pytest.mark.parametrize("strategy", ["group_by_length", "batch_rebalance"])
+def test_a_resume_inside_an_epoch_of_samples_by_length_is_exact(tmp_path: Path, facts: Path, strategy: str) -> None:
+    """Of the second epoch, whose sampler accelerate does not tell the epoch where it skips batches."""
+    more = ["--max_examples", "12", "--train_sampling_strategy", strategy, "--save_strategy", "steps", "--save_steps"]
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    run(tmp_path, 2, command, options("fft", facts, whole, STEPS, *more, "4"))
+    halve(whole, again)
+    run(tmp_path, 2, command, options("fft", facts, again, STEPS, *more, "4", "--resume_from_checkpoint", "auto"))
+    assert_identical(everything(again), everything(whole))
+
+
 def test_a_step_that_one_process_skips_is_skipped_by_all(tmp_path: Path, facts: Path) -> None:
     argv = options("molf", facts, tmp_path / "run", STEPS, "--on_nonfinite", "skip")
     assert_identical(*run(tmp_path, 2, train_with_a_broken_rank, argv, 3))

@@ -104,6 +104,28 @@ def test_the_trace_of_a_step_has_one_wait() -> None:
     assert sum(found.values()) == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("prepared", [False, True])
+def test_an_optimizer_may_be_made_before_its_model_is_moved(prepared: bool, dtype: torch.dtype) -> None:
+    """As with accelerate, which loads the state, moved, into the optimizer."""
+    made, other = model(dtype, "cpu"), model(dtype)
+    torch.manual_seed(1)
+    optimizer = optimizer_of(made, compile="auto", expert_ranks=(8,))
+    made.cuda()
+    if prepared:
+        move = lambda each: {k: v.cuda() for k, v in each.items()}  # noqa: E731
+        saved = optimizer.state_dict()
+        optimizer.load_state_dict({**saved, "state": {i: move(each) for i, each in saved["state"].items()}})
+    there = optimizer_of(other, compile="auto", expert_ranks=(8,))
+    for mine, its in zip(made.parameters(), other.parameters(), strict=True):
+        if "lora_A" in there.state[its]:
+            there.state[its]["lora_A"].copy_(optimizer.state[mine]["lora_A"])
+    for number in range(4):
+        assert step(made, optimizer, number) == step(other, there, number)
+    for mine, its in zip(made.parameters(), other.parameters(), strict=True):
+        assert torch.equal(mine, its)
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_winners_and_weights_are_those_of_a_cpu(name: str, compiled: bool) -> None:

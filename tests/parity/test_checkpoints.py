@@ -17,6 +17,7 @@ from transformers import Trainer, TrainingArguments
 
 from models import causal_lm, tokens
 from molf import MoLFConfig, MoLFOptimizerFactory, NonFiniteError
+from molf.train.callbacks import RoutingCallback, before_loggers
 from molf.train.checkpoints import WholeCheckpoints, rotate
 from molf.train.nonfinite import FiniteSteps
 from molf.train.resume import check_checkpoint, last_checkpoint
@@ -131,13 +132,16 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name_and_older_ones_go(tm
     monkeypatch.setattr(os, "fsync", recorded_fsync)
     monkeypatch.setattr(Path, "rename", recorded_rename)
     monkeypatch.setattr(shutil, "rmtree", recorded_rmtree)
-    trainer(tmp_path, max_steps=2).train()
+    made = trainer(tmp_path, max_steps=2)
+    before_loggers(made, RoutingCallback(tmp_path / "routing.jsonl"))  # as molf train does
+    made.train()
     events = events[events.index("name checkpoint-1") + 1 :]
     named = events.index("name checkpoint-2")
     saved = {path.name for path in (tmp_path / "checkpoint-2").iterdir()}
     flushed = {event.rpartition("/")[2] for event in events[:named] if event.startswith("sync unfinished-checkpoint/")}
     assert saved | {"checkpoint-2"} <= {name.removesuffix(".part") for name in flushed}
     assert "manifest.json" in saved
+    assert "sync routing.jsonl" in events[:named]
     assert events.index("remove checkpoint-1") > events.index("sync .", named) > named
 
 

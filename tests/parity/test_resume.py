@@ -125,6 +125,26 @@ def test_resume_through_the_trainer_is_bit_identical(tmp_path: Path, method: str
     assert (full / "routing.jsonl").read_text() == (resumed / "routing.jsonl").read_text()
 
 
+@pytest.mark.parametrize("strategy", ["group_by_length", "batch_rebalance"])
+def test_samples_by_length_are_drawn_from_seed_and_epoch(tmp_path: Path, strategy: str, facts) -> None:
+    """Resumed inside the second epoch, bit for bit; fft without dropout draws nothing else from the seed."""
+    from molf.assets import BUNDLED_MODEL
+
+    def train(out: Path, *more: str) -> dict[str, torch.Tensor]:
+        data = ["--model_name_or_path", str(BUNDLED_MODEL), "--task", "fact", "--dataset_path", str(facts)]
+        data += ["--method", "fft", "--eval_at_end", "false", "--train_sampling_strategy", strategy]
+        assert main(["train", *data, *ARGUMENTS, *more, "--save_steps", "4", "--output_dir", str(out)]) == 0
+        return load_file(out / "model.safetensors")
+
+    whole = train(tmp_path / "full")
+    (tmp_path / "again").mkdir()
+    shutil.copytree(tmp_path / "full" / "checkpoint-4", tmp_path / "again" / "checkpoint-4")
+    assert_identical(train(tmp_path / "again", "--resume_from_checkpoint", "last"), whole)
+    for name in ("seed", "data_seed"):
+        other = train(tmp_path / name, f"--{name}", "7")
+        assert any(not torch.equal(other[key], weight) for key, weight in whole.items())
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of torchao
 @pytest.mark.parametrize(
     ("method", "extra"),

@@ -158,6 +158,34 @@ def test_the_mode_survives_an_error(model, tokenizer, monkeypatch) -> None:
     model.eval()
 
 
+def test_memory_that_is_too_small_halves_the_batches(model, tokenizer, monkeypatch) -> None:
+    """More than eight rows do not fit: what is said and scored is the same, each once."""
+    pairs = [statement(fact, 0) for fact in WORLD.facts[:1670:80]]
+    prompts = [prompt for prompt, _ in pairs]
+    scores = score_continuations(model, tokenizer, pairs, batch_size=8)
+    said = generate(model, tokenizer, prompts, max_new_tokens=2, batch_size=8)
+    rows = []
+
+    def forward(*args: Any, forward: Any = model.forward, **kwargs: Any) -> Any:
+        rows.append(len(kwargs["input_ids"]))
+        if rows[-1] > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 11.7 GiB")
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model, "forward", forward)
+    limit = 8
+    again = score_continuations(model, tokenizer, pairs)
+    assert rows == [21, 10, 5, 5, 5, 5, 1]
+    assert [found.greedy for found in again] == [found.greedy for found in scores]
+    for kind in ("logprob", "first_logprob"):
+        expected = [getattr(found, kind) for found in scores]
+        assert [getattr(found, kind) for found in again] == pytest.approx(expected, abs=1e-4)
+    assert generate(model, tokenizer, prompts, max_new_tokens=2) == said
+    limit = 0
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        score_continuations(model, tokenizer, pairs)
+
+
 def test_where_the_context_is_found(tokenizer) -> None:
     model = model_for(tokenizer, positions=48)
     assert context_length(model, tokenizer) == 48

@@ -235,6 +235,16 @@ def test_weights_loaded_through_data_before_the_first_step_are_not_undone() -> N
         lm_step(model, optimizer, 0)
 
 
+def test_weights_loaded_before_the_state_is_loaded_into_itself_are_not_undone() -> None:
+    """accelerate does that when it prepares an optimizer, and the weights were rewritten without a word."""
+    model, other = causal_lm("llama", torch.bfloat16), causal_lm("llama", torch.bfloat16)
+    optimizer = create_molf_optimizer(model, TWO)
+    model.load_state_dict({name: tensor + 1 for name, tensor in other.state_dict().items()})
+    optimizer.load_state_dict(optimizer.state_dict())
+    with pytest.raises(RuntimeError, match="was changed since the optimizer was made"):
+        lm_step(model, optimizer, 0)
+
+
 def test_a_tensor_of_another_shape_changes_nothing() -> None:
     model = causal_lm("llama")
     optimizer = create_molf_optimizer(model, TWO)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from dataclasses import replace
 
 import pytest
@@ -268,6 +269,49 @@ def test_a_group_that_is_added_between_two_backward_passes_is_stepped_too() -> N
     optimizer.step()
     assert not torch.equal(extra.weight, before)
     assert list(optimizer.routing) == ["0"]
+
+
+def test_of_two_optimizers_with_steps_in_the_backward_pass_the_later_one_steps() -> None:
+    """As where a cell of a notebook is run again: the first one's hooks stepped at its rate, and took the gradients."""
+    model, ones = nn.Sequential(nn.Linear(4, 2)), torch.ones(1, 4)
+    first = create_molf_optimizer(model, MoLFConfig(expert_ranks=(2,), step_in_backward=True, **RATES))
+    model(ones).sum().backward()
+    first.step()
+    second = create_molf_optimizer(model, MoLFConfig((2,), step_in_backward=True, lr=0.0, lora_lr=0.0))
+    before = model[0].weight.detach().clone()
+    for _ in range(2):
+        model(ones).sum().backward()
+        second.step()
+    assert torch.equal(model[0].weight, before)
+    assert (first.steps_taken, second.steps_taken) == (1, 2)
+
+
+def test_a_deleted_optimizer_steps_in_no_backward_pass() -> None:
+    model, ones = nn.Sequential(nn.Linear(4, 2)), torch.ones(1, 4)
+    optimizer = create_molf_optimizer(model, MoLFConfig(expert_ranks=(2,), step_in_backward=True, **RATES))
+    before = model[0].weight.detach().clone()
+    del optimizer
+    gc.collect()
+    model(ones).sum().backward()
+    assert torch.equal(model[0].weight, before)
+    assert model[0].weight.grad is not None
+
+
+def test_gradients_that_came_by_no_hook_are_stepped_by_step() -> None:
+    """Given by hand, or of a parameter that was frozen when it was added: step() did nothing and said nothing."""
+    model, extra = nn.Sequential(nn.Linear(4, 4)), nn.Linear(4, 4).requires_grad_(False)
+    optimizer = create_molf_optimizer(model, MoLFConfig(expert_ranks=(2,), step_in_backward=True, **RATES))
+    optimizer.add_param_group({"params": extra.parameters()})
+    extra.requires_grad_(True)
+    before = [each.detach().clone() for each in (model[0].weight, extra.weight)]
+    extra(torch.ones(2, 4)).sum().backward()
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert not any(map(torch.equal, before, (model[0].weight, extra.weight)))
+    assert all(each.grad is None for each in (*model.parameters(), *extra.parameters()))
+    with pytest.warns(UserWarning, match="no parameter of this optimizer has a gradient"):
+        optimizer.step()
 
 
 def test_a_layer_whose_bias_was_frozen_since_is_named_when_it_steps_in_the_backward_pass() -> None:

@@ -125,3 +125,13 @@ def test_examples_given_as_tokens_are_those_of_sft_trainer(tmp_path: Path, famil
     ):
         fit_examples(examples, tokenizer, Context(limit, None, "refuse"), "data")
     assert fit_examples(examples, tokenizer, Context(max(lengths) + 9), "data") is examples
+
+
+def test_a_completion_that_ends_in_eos_gets_no_other(tmp_path: Path) -> None:
+    """One long record made all of them end in two, where TRL adds one only if there is none."""
+    tokenizer = tokenizer_of("qwen2")
+    ended = {"prompt": "Ada plays the", "completion": " drum" + tokenizer.eos_token}
+    pairs = trained([ended], tokenizer, model_for(tokenizer), tmp_path)
+    rows = fit_examples([ended, {**ended, "prompt": "Ada " * 99}], tokenizer, Context(40), "data")
+    assert rows[0]["input_ids"] == pairs[0][0] + pairs[0][1]
+    assert rows[0]["input_ids"].count(tokenizer.eos_token_id) == 1

@@ -28,8 +28,9 @@ USAGE = "usage: molf COMMAND [options]\n\ncommands:\n" + "\n".join(
 
 
 _SMALLER = (
-    "Use a smaller per_device_train_batch_size with more gradient_accumulation_steps, a smaller max_length, "
-    "gradient_checkpointing, or a smaller model or batch_size"
+    "Use a smaller per_device_train_batch_size with more gradient_accumulation_steps, a smaller "
+    "per_device_eval_batch_size with eval_strategy, a smaller max_length, gradient_checkpointing, or a smaller "
+    "model or batch_size"
 )
 
 

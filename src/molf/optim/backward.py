@@ -6,26 +6,32 @@ accumulation over several backward passes, is refused.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 Units = Sequence[Sequence[Tensor]]
 """Parameters that are stepped together: those of a module, or one that is not routed."""
 
+_HANDLES: Any = WeakTensorKeyDictionary()
+"""The hook of each parameter; a later optimizer's takes its place."""
+
 
 class BackwardHooks:
-    """Calls ``on_ready`` for every unit whose gradients are complete, once per step.
+    """Calls ``on_ready`` for every unit whose gradients are complete, once per step, as long as its object is there.
 
     Args:
         units: The parameters, in groups.
-        on_ready: Takes the index of a unit and steps it.
+        on_ready: A method that takes the index of a unit and steps it.
     """
 
     def __init__(self, units: Units, on_ready: Callable[[int], None]) -> None:
         self.units: list[Sequence[Tensor]] = []
-        self.on_ready = on_ready
         self.stepped: set[int] = set()
+        self._on_ready = weakref.WeakMethod(on_ready)
         self._unit: dict[int, int] = {}
         for unit in units:
             self.add(unit)
@@ -34,9 +40,18 @@ class BackwardHooks:
         """Watch another unit."""
         for parameter in unit:
             self._unit[id(parameter)] = len(self.units)
+            if parameter in _HANDLES:
+                _HANDLES.pop(parameter).remove()
             if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(self._on_gradient)
+                hook = weakref.WeakMethod(self._on_gradient)
+                _HANDLES[parameter] = parameter.register_post_accumulate_grad_hook(lambda p, hook=hook: _call(hook, p))
         self.units.append(unit)
+
+    def finish(self) -> None:
+        """Step units whose gradients came by no hook: someone gave them, or they were frozen when they were added."""
+        for index in range(len(self.units)):
+            if index not in self.stepped:
+                self._step_if_complete(index)
 
     def _on_gradient(self, parameter: Tensor) -> None:
         index = self._unit[id(parameter)]
@@ -45,9 +60,19 @@ class BackwardHooks:
                 "step_in_backward=True: a second backward pass before step(); it cannot accumulate gradients, so use a "
                 "larger batch, or step_in_backward=False"
             )
+        self._step_if_complete(index)
+
+    def _step_if_complete(self, index: int) -> None:
         unit = self.units[index]
         if all(each.grad is not None for each in unit):
             self.stepped.add(index)
-            self.on_ready(index)
+            _call(self._on_ready, index)
             for each in unit:
                 each.grad = None
+
+
+def _call(method: weakref.WeakMethod[Any], argument: Any) -> None:
+    """Call a method, unless its object is gone."""
+    found = method()
+    if found is not None:
+        found(argument)

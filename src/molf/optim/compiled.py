@@ -249,7 +249,7 @@ def _numbers(function: Pass, shared: Any, count: int) -> tuple[int, Numbers, lis
     if function is unrouted_all:
         kind, numbers = UNROUTED, _moment_numbers(listed[0][0])
         listed = [c for _, c in listed]
-    numbers = numbers._replace(eps=listed[0].eps, inverse_root=listed[0].inverse_root)
+    numbers = numbers._replace(eps=float(listed[0].eps), inverse_root=listed[0].inverse_root)
     rates = {key: _rates(c) for key, c in {id(c): c for c in listed}.items()}
     return kind, numbers, list(zip(*(rates[id(c)] for c in listed), strict=True))
 
@@ -263,5 +263,5 @@ def _rates(c: Coefficients) -> tuple[int, int, int, int]:
 
 
 def _moment_numbers(t: Tracking) -> Numbers:
-    beta1, beta2 = t.betas
-    return Numbers(1 - beta1, beta2, 1 - beta2, t.eps, clip=t.clip, gate=t.gate)
+    beta1, beta2 = map(float, t.betas)  # which may be tensors
+    return Numbers(1 - beta1, beta2, 1 - beta2, float(t.eps), clip=t.clip, gate=t.gate)

@@ -57,10 +57,11 @@ def create_molf_optimizer(model: nn.Module, config: MoLFConfig | None = None, **
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     targets = find_routed(model, config)
     others = apply_trainability(model, targets, config)
-    late = [name for name, p in model.named_parameters() if wrapped and p.requires_grad and name not in trained]
+    late = [name for name, p in model.named_parameters() if wrapped and p.requires_grad != (name in trained)]
     if late:
+        was, would = ("trained", "wait for") if late[0] in trained else ("frozen", "not reduce")
         raise ValueError(
-            f"{late[0]} was frozen when the model was wrapped in DistributedDataParallel, which would not reduce its "
+            f"{late[0]} was {was} when the model was wrapped in DistributedDataParallel, which would {would} its "
             "gradient: make the optimizer before wrapping the model"
         )
     groups = _expert_groups(config)

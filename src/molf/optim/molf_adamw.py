@@ -142,11 +142,7 @@ class MoLFAdamW(MoLFStep):
         self.decisions = []
         others = [(i, j) for i, j in self._unrouted() if present[i][j]]
         if not active and not others:
-            warnings.warn(
-                "step: no parameter of this optimizer has a gradient, nothing was updated; make the optimizer from the "
-                "model that is trained",
-                stacklevel=3,
-            )
+            _warn_of_nothing()
         self._step(self.stacks(), active, others)
         self._remember_written()
         every = self.config.check_ranks_every
@@ -168,6 +164,7 @@ class MoLFAdamW(MoLFStep):
 
     def _finish_backward(self, hooks: BackwardHooks) -> None:
         """What is left of the step when the backward pass has made it."""
+        hooks.finish()
         present = self._present()
         for index, module in enumerate(self.modules):
             if index not in hooks.stepped:
@@ -176,6 +173,7 @@ class MoLFAdamW(MoLFStep):
         self._check_resumed(stepped)
         if not hooks.stepped:
             self.decisions = []
+            _warn_of_nothing()
         hooks.stepped.clear()
         self._remember_written()
 
@@ -193,6 +191,14 @@ class MoLFAdamW(MoLFStep):
                 "make the optimizer from the model that is trained"
             )
         self._awaits_gradient = set()
+
+
+def _warn_of_nothing() -> None:
+    warnings.warn(
+        "step: no parameter of this optimizer has a gradient, nothing was updated; make the optimizer from the model "
+        "that is trained",
+        stacklevel=4,
+    )
 
 
 def _has_gradients(module: RoutedModule, present: Sequence[Sequence[bool]]) -> bool:

@@ -40,14 +40,23 @@ class Passes:
     """
 
     def __init__(self, compile: bool | str, work: int, device: torch.device) -> None:
-        self._device = device
-        self._compiler: Any = None
+        self._compile, self._work = compile, work
         self.must_compile = compile is True
-        self.compiles = compile is True or (compile == "auto" and work >= WORTH_COMPILING.get(device.type, math.inf))
+        self._set_device(device)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the compiler, which is no part of a copy."""
         return {**vars(self), "_compiler": None}
+
+    def move(self, device: torch.device) -> None:
+        """Work on another device from now on, if it is another."""
+        if device != self._device:
+            self._set_device(device)
+
+    def _set_device(self, device: torch.device) -> None:
+        self._device, least = device, WORTH_COMPILING.get(device.type, math.inf)
+        self._compiler: Any = None
+        self.compiles = self.must_compile or (self._compile == "auto" and self._work >= least)
 
     def run(self, function: Pass, jobs: Sequence[Job], shared: Any, rows: Sequence[int] | None = None) -> Tensor:
         """``function`` over all jobs.

@@ -224,6 +224,8 @@ def check_sharding(model: nn.Module, trained: Iterable[tuple[str, Any]], config:
                 f"{name} is placed {parameter.placements} on {parameter.device_mesh}: tensor-parallel weights cannot "
                 "be routed; shard the model with fully_shard alone"
             )
+        if "lora_B" in name and sharded_dim(parameter) == 1:
+            raise ValueError(f"{name} is sharded by its ranks, which are routed together: shard its rows, Shard(0)")
         if parameter.device_mesh != sharded[0][1].device_mesh:
             raise ValueError(f"{name} is on another mesh than {sharded[0][0]}: call fully_shard with one mesh")
     plain = [name for name, parameter in trained if not is_distributed(parameter)]

@@ -19,9 +19,20 @@ from .layout import RoutedModule, Slot
 from .parts import Part
 from .passes import Passes
 from .scalars import numbers
-from .sharding import ProcessesDifferError, Shards, compare_replicas, fitted, local
+from .sharding import (
+    ProcessesDifferError,
+    Shards,
+    compare_replicas,
+    fitted,
+    is_distributed,
+    local,
+    same_everywhere,
+)
 from .stacks import MOMENTS
 from .virtual import Products
+
+PRECISE = ("base", "lora_A", "lora_B")
+"""Names in the state of what weights of the model are made of."""
 
 
 class MoLFState(Optimizer):
@@ -180,18 +191,23 @@ class MoLFState(Optimizer):
         def take(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
             saved.update(with_bare_groups(given))
             check_loadable(self, saved)
+            self._follow_devices()
             self._passes.prepare()
             return {"state": {}, "param_groups": saved["param_groups"]}
 
         def fill(_: Optimizer) -> None:
             self.state = kept
             ids = [index for group in saved["param_groups"] for index in group["params"]]
+            moved = False
             for index, parameter in zip(ids, (p for group in self.param_groups for p in group["params"]), strict=True):
                 for key, value in saved["state"][index].items():
                     # in place: W may be the weight itself, and accelerate loads the state into itself
                     own = self.state[parameter][key]
-                    local(own).copy_(local(fitted(value, own)))
-            self.sync_weights()
+                    given = local(fitted(value, own)).to(local(own).device)
+                    moved = moved or (key in PRECISE and not torch.equal(given, local(own)))
+                    local(own).copy_(given)
+            if moved:  # else what someone has written to the model since it was made would go without a word
+                self.sync_weights()
 
         check_form(state_dict)
         # after the hooks that others registered to change what is loaded, and before those that look at it
@@ -202,12 +218,24 @@ class MoLFState(Optimizer):
             for hook in hooks:
                 hook.remove()
 
+    def _follow_devices(self) -> None:
+        """Move the state to where its parameters are: an optimizer may be made before its model is moved."""
+        for parameter, state in self.state.items():
+            device = local(parameter).device
+            moved = {key: each.to(device) for key, each in state.items() if key != "step" and each.device != device}
+            if "base" in moved and not state["step"] and moved["base"].dtype == parameter.dtype:
+                moved["base"] = parameter.detach()  # W = P while B = 0
+            state.update(moved)
+        self._passes.move(next(iter(self.state)).device)
+
     def _new_state(self, parameter: Tensor, expert: str) -> dict[str, Tensor]:
         """``step``, ``exp_avg`` and ``exp_avg_sq`` unless it is frozen, and ``base``, a 16-bit parameter's master."""
         dtype = moment_dtype(parameter)
         state = {"step": torch.tensor(0.0, dtype=torch.float32, device="cpu")}
         if dtype != parameter.dtype and self.config.keep_base:
-            state["base"] = parameter.detach().to(dtype, copy=True)
+            # DistributedDataParallel, too, takes the first process's weights
+            own = parameter.detach()
+            state["base"] = (own if is_distributed(own) else same_everywhere(own.clone())).to(dtype, copy=True)
         in_8_bits = self.config.moments_8bit and expert not in self._lora_experts  # LoRA's are small
         for name in MOMENTS if expert != "base" else ():
             if in_8_bits:

@@ -53,6 +53,7 @@ class MoLFStep(MoLFUpdate):
     def stacks(self) -> Stacks:
         """The modules as a step works on them; made anew when someone has replaced a tensor of the optimizer."""
         if self._stacks is None or not self._stacks.fit(self.param_groups, self.state):
+            self._follow_devices()
             for group in self.param_groups:
                 for name, parameter in zip(group["param_names"], group["params"], strict=True):
                     check_unchanged(name, parameter, self.state[parameter], self.config.keep_base)

@@ -10,6 +10,7 @@ from peft import PeftModel
 from tqdm import tqdm
 from transformers import GenerationConfig
 
+from .batches import in_batches
 from .prompts import Context, prompt_tokens
 
 
@@ -36,7 +37,7 @@ def generate(
         tokenizer: Its tokenizer; special tokens are added as in training.
         prompts: The prompts.
         max_new_tokens: Tokens to say at most.
-        batch_size: Prompts per batch; batches hold prompts of like length.
+        batch_size: Prompts per batch, fewer where memory runs out; batches hold prompts of like length.
         description: Label of the progress bar.
         long_prompts: What happens to a prompt that leaves no room for ``max_new_tokens`` in the model's context:
             "truncate" from the left or "refuse".
@@ -69,11 +70,14 @@ def generate(
     own, training = inner.generation_config, model.training
     inner.generation_config = GenerationConfig()  # transformers takes from it what the settings leave open
     model.eval()
+
+    def continued(chunk: Sequence[int]) -> list[list[int]]:
+        return _continue([rows[i] for i in chunk], model, settings, eos)
+
     try:
         with tqdm(total=len(order), desc=description, unit="prompt", leave=False) as progress:
-            for start in range(0, len(order), batch_size):
-                chunk = order[start : start + batch_size]
-                for i, new in zip(chunk, _continue([rows[i] for i in chunk], model, settings, eos), strict=True):
+            for chunk, found in in_batches(continued, order, batch_size, model):
+                for i, new in zip(chunk, found, strict=True):
                     said[i] = tokenizer.decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
                 progress.update(len(chunk))
     finally:

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from .batches import in_batches
 from .prompts import Context, tokenize_pair
 
 
@@ -43,7 +44,8 @@ def score_continuations(
         model: A causal language model; it is left in the mode that it was in.
         tokenizer: Its tokenizer; special tokens are added as in training.
         pairs: Prompts and continuations; a continuation starts with its space.
-        batch_size: Pairs per forward pass; pairs that differ in their last token only count as one.
+        batch_size: Pairs per forward pass, fewer where memory runs out; pairs that differ in their last token only
+            count as one.
         description: Label of the progress bar.
         long_prompts: What happens to a prompt that does not fit into the model's context with its continuation:
             "truncate" from the left or "refuse".
@@ -67,30 +69,36 @@ def score_continuations(
     results: list[Continuation | None] = [None] * len(tokens)
     training = model.training
     model.eval()
-    device = next(model.parameters()).device
+
+    def scored(rows: Sequence[tuple[int, ...]]) -> list[tuple[int, Continuation]]:
+        logits = _logits(model, rows)
+        return [(i, _score(logits[n, : len(row)], tokens[i][1])) for n, row in enumerate(rows) for i in sharing[row]]
+
     try:
         with tqdm(total=len(tokens), desc=description, unit="prompt", leave=False) as progress:
-            for start in range(0, len(order), batch_size):
-                rows = order[start : start + batch_size]
-                width = len(rows[0])
-                inputs = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
-                mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
-                logits = model(input_ids=inputs, attention_mask=mask).logits
-                for index, row in enumerate(rows):
-                    for i in sharing[row]:
-                        targets = torch.tensor(tokens[i][1], device=device)
-                        # only these places in fp32: all of them would be the batch times the vocabulary
-                        found = _score(logits[index, len(row) - len(targets) : len(row)].float(), targets)
-                        # continuations that begin alike tie exactly: rows of other lengths round otherwise
-                        first = firsts.setdefault((tuple(tokens[i][0]), tokens[i][1][0]), found.first_logprob)
-                        results[i] = found._replace(first_logprob=first)
-                    progress.update(len(sharing[row]))
+            for _, batch in in_batches(scored, order, batch_size, model):
+                for i, found in batch:
+                    # continuations that begin alike tie exactly: rows of other lengths round otherwise
+                    first = firsts.setdefault((tuple(tokens[i][0]), tokens[i][1][0]), found.first_logprob)
+                    results[i] = found._replace(first_logprob=first)
+                progress.update(len(batch))
     finally:
         model.train(training)
     return [result for result in results if result is not None]
 
 
-def _score(logits: torch.Tensor, targets: torch.Tensor) -> Continuation:
-    """One continuation from the logits before each of its tokens, ``(tokens, vocabulary)``."""
+def _logits(model: Any, rows: Sequence[tuple[int, ...]]) -> torch.Tensor:
+    """Of one batch, padded on the right, ``(rows, width, vocabulary)``."""
+    device, width = next(model.parameters()).device, max(map(len, rows))
+    inputs = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
+    logits: torch.Tensor = model(input_ids=inputs, attention_mask=mask).logits
+    return logits
+
+
+def _score(logits: torch.Tensor, wanted: list[int]) -> Continuation:
+    """One continuation from the logits of its row, ``(tokens, vocabulary)``, whose last ones are before its tokens."""
+    logits = logits[-len(wanted) :].float()  # only these in fp32: all of them would be the batch times the vocabulary
+    targets = torch.tensor(wanted, device=logits.device)
     chosen = F.log_softmax(logits, dim=-1).gather(-1, targets[:, None])
     return Continuation(float(chosen.sum()), float(chosen[0]), bool((logits.argmax(-1) == targets).all()))

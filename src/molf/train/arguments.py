@@ -205,6 +205,10 @@ class MethodArguments:
             )
         if self.method == "adalora" and args.on_nonfinite == "skip":
             raise ValueError("on_nonfinite=skip: adalora scores its ranks by the gradients of every step; use stop")
+        if self.method == "adalora" and args.load_best_model_at_end:
+            raise ValueError(
+                "load_best_model_at_end=True: adalora's last ranks are not those of the best checkpoint; leave it out"
+            )
         evaluates = args.eval_strategy != "no"
         if self.task is None and bool(self.eval_dataset_path) != evaluates:
             raise ValueError(
@@ -344,3 +348,5 @@ class TrainArguments(SFTConfig):
         self.fsdp = self.fsdp_config = None  # the Trainer would have accelerate shard, after the optimizer is made
         super().__post_init__()
         this.fsdp, this.fsdp_config = fsdp, config
+        if self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy") and self.greater_is_better:
+            self.lr_scheduler_kwargs = {"mode": "max", **(this.lr_scheduler_kwargs or {})}  # their own default is "min"

@@ -87,14 +87,10 @@ class RoutingCallback(TrainerCallback):
             found["molf/lost_update_fraction"] = self._lost_share
         _complete(state, logs, found)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A checkpoint must never be on the disk before the log that leads to it."""
-        if control.should_save and self.recorder is not None:
+    def sync(self) -> None:
+        """Wait until the log would survive a power loss: a checkpoint must never be on the disk before it."""
+        if self.recorder is not None:
             self.recorder.sync()
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """As after a step."""
-        self.on_step_end(args, state, control)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Close the log."""

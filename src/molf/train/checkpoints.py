@@ -13,9 +13,11 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import TrainerState
+from transformers.trainer_utils import align_special_tokens
 
 from ..optim import MoLFAdamW
 from ..optim.modules import outside_adapter
+from .callbacks import RoutingCallback
 from .distributed import from_all, from_first, is_sharded
 from .errors import of_the_machine
 from .files import sha256, sync, write_json
@@ -87,6 +89,9 @@ class WholeCheckpoints:
                     if this.args.should_save:
                         this.state.save_to_json(str(staged / "trainer_state.json"))
                 this.accelerator.wait_for_everyone()
+                for callback in this.callback_handler.callbacks:
+                    if isinstance(callback, RoutingCallback):
+                        callback.sync()
                 entries = from_all(look_at_files(staged, this.args.process_index, this.args.world_size))
                 if this.args.should_save:
                     publish(staged, final, entries)
@@ -150,6 +155,7 @@ class WholeCheckpoints:
     def load_ended(self, checkpoint: str) -> None:
         """Take over weights and state of a checkpoint of the last step; ``train`` would make one step more."""
         this: Any = self
+        align_special_tokens(this.model, this.processing_class)  # as ``train`` does
         this._load_from_checkpoint(checkpoint)
         this.state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
         self._find_best()

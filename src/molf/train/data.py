@@ -137,7 +137,8 @@ def fit_examples(dataset: Any, tokenizer: Any, context: Context, name: str) -> A
     """
     from datasets import Dataset
 
-    pairs = [(row["prompt"], row["completion"] + tokenizer.eos_token) for row in dataset]
+    eos = tokenizer.eos_token
+    pairs = [(row["prompt"], row["completion"].removesuffix(eos) + eos) for row in dataset]  # as TRL: one, not two
     limit = context.length
     batch = tokenizer([prompt + completion for prompt, completion in pairs]).input_ids
     context.check(tokenizer, batch)

@@ -118,7 +118,7 @@ def dry_run(method: MethodArguments, args: TrainArguments) -> DryRun:
         _keep_no_freed_memory()
     seen = _one_step(method, args)
     model = model_config(method, args)
-    work = workload(method, args, model, seen.length)
+    work = replace(workload(method, args, model, seen.length), batch=seen.batch)  # packed, or of few examples
     plan = plan_method(method.method, method.molf_config(args), work)
     return DryRun(seen.peak_mib * 2**20, plan, seen.batch, seen.length)
 

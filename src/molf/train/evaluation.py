@@ -32,11 +32,14 @@ class ScoredEvaluation:
             metrics: dict[str, float] = super().evaluate(*args, **kwargs)  # type: ignore[misc]
         return metrics
 
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with _known_metric():  # of a schedule that goes by it
+            metrics: dict[str, float] = super()._evaluate(*args, **kwargs)  # type: ignore[misc]
+        return metrics
+
     def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
-        try:
+        with _known_metric():
             better: bool = super()._determine_best_metric(*args, **kwargs)  # type: ignore[misc]
-        except KeyError as error:  # a metric_for_best_model that there is not
-            raise ValueError(error.args[0]) from error
         return better
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
@@ -46,6 +49,17 @@ class ScoredEvaluation:
             model: Any = self.model  # type: ignore[attr-defined]
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in self.score(model).items()})
         return output
+
+
+@contextmanager
+def _known_metric() -> Iterator[None]:
+    """Raise the Trainer's KeyError of a metric_for_best_model that there is not as a ValueError, without its advice."""
+    try:
+        yield
+    except KeyError as error:
+        if "metric_for_best_model" not in str(error):
+            raise
+        raise ValueError(error.args[0].partition(" Please ")[0]) from error
 
 
 @contextmanager

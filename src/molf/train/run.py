@@ -43,6 +43,7 @@ from .methods import METHODS, Adapted
 from .nonfinite import FiniteSteps, skipped_steps
 from .quantize import PACKAGES, keep_adapters_in_fp32, quantized
 from .resume import find_checkpoint, finished, is_over
+from .sampling import SeededSampling
 from .sharded import ShardedCallback, ShardedTraining, shard
 from .verify import progress
 
@@ -131,7 +132,9 @@ def _train(
     if spec.routes and first:
         metrics["expert_share"] = _expert_shares(out, config)
     if task is not None and method.eval_at_end and (first or is_sharded(trainer.model)):
-        metrics |= _scores(task, trainer.model, tokenizer, scored, method.method)
+        # without the autocast of training: as of what is saved, and as after a resume that trains no more
+        plain = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+        metrics |= _scores(task, plain, tokenizer, scored, method.method)
     if first:
         write_json(out / "metrics.json", metrics)
     return metrics
@@ -168,11 +171,11 @@ def _claim(out: Path) -> int:
         return claim(out, "another process trains in this output_dir; wait for its end, or choose another folder", 10)
 
 
-class _Trainer(FiniteSteps, WholeCheckpoints, ShardedTraining, ScoredEvaluation, SFTTrainer):
+class _Trainer(FiniteSteps, WholeCheckpoints, ShardedTraining, ScoredEvaluation, SeededSampling, SFTTrainer):
     pass
 
 
-class _AdaLoraTrainer(FiniteSteps, WholeCheckpoints, ScoredEvaluation, AdaLoraTrainer):
+class _AdaLoraTrainer(FiniteSteps, WholeCheckpoints, ScoredEvaluation, SeededSampling, AdaLoraTrainer):
     pass
 
 
@@ -293,9 +296,12 @@ def _fit(
             name = part or method.eval_dataset_path or method.dataset_path or task.name
             fit_examples([task.example(record) for record in records], tokenizer, context, name)
     context.shorten(args.max_length)
+    if args.packing and args.packing_strategy == "wrapped":  # whose rows have max_length tokens, whatever is in them
+        args.max_length = context.length
     dataset = fit_examples(dataset, tokenizer, context, method.dataset_path or str(method.task))
     padding = tokenizer.convert_tokens_to_ids(args.pad_token or tokenizer.pad_token or tokenizer.eos_token)
-    if padding is not None and args.per_device_train_batch_size > 1:
+    evaluated = args.per_device_eval_batch_size if args.eval_strategy != "no" else 1
+    if padding is not None and (max(args.per_device_train_batch_size, evaluated) > 1 or args.pad_to_multiple_of):
         context.check(tokenizer, [[padding]])
     if not context.truncated:
         return dataset, {}
