@@ -71,10 +71,11 @@ class MoLFState(Optimizer):
                 virtual.make_experts(self.state[weight], weight, rank, module.transposed, dtype)
                 if config.keep_base:
                     self.state[weight].setdefault("base", weight.detach())  # W = P while B = 0
+        self._made = self._versions()
 
     def __getstate__(self) -> dict[str, Any]:
         """All attributes but the caches and the hooks, so that copies and pickles work."""
-        own = ("config", "experts", "modules", "shards", "_passes", "_written")
+        own = ("config", "experts", "modules", "shards", "_passes", "_written", "_made")
         return {
             **super().__getstate__(),
             **{name: getattr(self, name) for name in own},
@@ -187,6 +188,7 @@ class MoLFState(Optimizer):
             CompileError: With ``compile=True``, if there is no working compiler.
         """
         kept, saved = self.state, {}
+        untouched = self.steps_taken == 0 and self._versions() == self._made
 
         def take(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
             saved.update(with_bare_groups(given))
@@ -206,7 +208,8 @@ class MoLFState(Optimizer):
                     given = local(fitted(value, own)).to(local(own).device)
                     moved = moved or (key in PRECISE and not torch.equal(given, local(own)))
                     local(own).copy_(given)
-            if moved:  # else what someone has written to the model since it was made would go without a word
+            # a new state, loaded into itself, would undo what was loaded into the model since it was made
+            if moved or not untouched:
                 self.sync_weights()
 
         check_form(state_dict)
@@ -217,6 +220,10 @@ class MoLFState(Optimizer):
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def _versions(self) -> list[int]:
+        """How often what weights are made of was written to."""
+        return [local(s[key])._version for s in self.state.values() for key in PRECISE if key in s]
 
     def _follow_devices(self) -> None:
         """Move the state to where its parameters are: an optimizer may be made before its model is moved."""
