@@ -53,17 +53,12 @@ def create_molf_optimizer(model: nn.Module, config: MoLFConfig | None = None, **
         raise ValueError(f"{listed}: MoLF has no such option; every setting is a field of MoLFConfig")
     config = MoLFConfig() if config is None else config
     refuse_flattened(model)
-    model, wrapped = _unwrapped(model)
+    model, ddp = _unwrapped(model)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     targets = find_routed(model, config)
     others = apply_trainability(model, targets, config)
-    late = [name for name, p in model.named_parameters() if wrapped and p.requires_grad != (name in trained)]
-    if late:
-        was, would = ("trained", "wait for") if late[0] in trained else ("frozen", "not reduce")
-        raise ValueError(
-            f"{late[0]} was {was} when the model was wrapped in DistributedDataParallel, which would {would} its "
-            "gradient: make the optimizer before wrapping the model"
-        )
+    if ddp is not None:
+        _check_reduced(model, trained, ddp.find_unused_parameters)
     groups = _expert_groups(config)
     modules = [_add_target(groups, target, config) for target in targets]
     for name, parameter in others:
@@ -76,16 +71,27 @@ def create_molf_optimizer(model: nn.Module, config: MoLFConfig | None = None, **
     return MoLFAdamW(kept, config, [_routed(config, target, slots, index) for target, slots in modules])
 
 
-def _unwrapped(model: Any) -> tuple[nn.Module, bool]:
-    """The model inside torch.compile and DistributedDataParallel, and whether the latter was there."""
-    wrapped = False
+def _unwrapped(model: Any) -> tuple[nn.Module, Any]:
+    """The model inside torch.compile and DistributedDataParallel, and the latter if it was there."""
+    ddp = None
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel):
-            model, wrapped = model.module, True
+            model, ddp = model.module, model
         elif hasattr(model, "_orig_mod"):
             model = model._orig_mod
         else:
-            return model, wrapped
+            return model, ddp
+
+
+def _check_reduced(model: nn.Module, trained: set[str], finds_unused: bool) -> None:
+    """Refuse what DistributedDataParallel would not reduce, or would wait for, as it knows what was trained before."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad != (name in trained) and not (name in trained and finds_unused):
+            was, would = ("trained", "wait for") if name in trained else ("frozen", "not reduce")
+            raise ValueError(
+                f"{name} was {was} when the model was wrapped in DistributedDataParallel, which would {would} its "
+                "gradient: make the optimizer before wrapping the model"
+            )
 
 
 def _warn_of_unsaved(model: nn.Module) -> None:

@@ -52,7 +52,10 @@ def processes() -> int:
 def same_everywhere(tensor: Tensor) -> Tensor:
     """The first process's values, in every process: what is drawn at random must not differ."""
     if processes() > 1:
-        torch.distributed.broadcast(tensor, 0)
+        backed = f"{tensor.device.type}:" in torch.distributed.get_backend_config()
+        sent = tensor if backed else tensor.cuda()  # NCCL takes none of a model that is on the CPU yet
+        torch.distributed.broadcast(sent, 0)
+        tensor.copy_(sent)
     return tensor
 
 

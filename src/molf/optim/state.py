@@ -107,8 +107,11 @@ class MoLFState(Optimizer):
                 )
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        untouched = hasattr(self, "_made") and self._made == self._versions()
         for parameter in group["params"]:
             self.state[parameter].update(self._new_state(parameter, group["expert"]))
+        if untouched:
+            self._made = self._versions()
 
     @property
     def routed_modules(self) -> list[str]:
@@ -148,6 +151,7 @@ class MoLFState(Optimizer):
 
         With ``keep_base=False`` the state has no W, so that nothing is rewritten.
         """
+        self._follow_devices()
         for module in self.modules:
             weight = self._parameter(module.slots[0])
             if self._is_virtual(module):
@@ -312,6 +316,7 @@ class MoLFState(Optimizer):
 
     def _derived(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """The model's tensors that this optimizer rewrites from its state: name, tensor, and what it has to hold."""
+        self._follow_devices()
         for group in self.param_groups:
             for name, parameter in zip(group["param_names"], group["params"], strict=True):
                 if "base" in self.state[parameter] and "lora_A" not in self.state[parameter]:

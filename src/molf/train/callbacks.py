@@ -92,6 +92,10 @@ class RoutingCallback(TrainerCallback):
         if self.recorder is not None:
             self.recorder.sync()
 
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Right after a checkpoint of a Trainer that does not ``sync`` before it, as ``WholeCheckpoints`` does."""
+        self.sync()
+
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Close the log."""
         self.close()
