@@ -542,9 +542,8 @@ def test_the_scripts_make_the_results_that_the_tables_read(performance, monkeypa
         make()
     names = [f"train_gpu_{size}{suffix}" for size in performance.GPU_SHAPES for suffix in ("", "_checkpointing")]
     on_gpu = {*names, *(f"step_gpu_{size}" for size in performance.GPU_SHAPES)}
-    on_another_cpu = {
-        f"{bench}_cpu_{cpu}" for bench in ("step", "train") for cpu in performance.OTHER_CPUS
-    }  # by the same commands
+    # by the same commands
+    on_another_cpu = {f"{bench}_cpu_{cpu}" for bench in ("step", "train") for cpu in performance.OTHER_CPUS}
     assert commands_of("bench_cpu.sh", monkeypatch).keys() == read - on_gpu - on_another_cpu
     commands = commands_of("bench_gpu.sh", monkeypatch)
     assert commands.keys() == on_gpu

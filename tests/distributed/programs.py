@@ -362,7 +362,10 @@ def _late_ddp(mesh: Any) -> None:
 
 def _frozen_after_ddp(mesh: Any) -> None:
     finds = nn.parallel.DistributedDataParallel(causal_lm("llama"), find_unused_parameters=True)
-    create_molf_optimizer(finds, MoLFConfig(train_other=False))
+    try:
+        create_molf_optimizer(finds, MoLFConfig(train_other=False))
+    except ValueError as error:
+        raise RuntimeError("refused where unused parameters are found") from error
     create_molf_optimizer(nn.parallel.DistributedDataParallel(causal_lm("llama")), MoLFConfig(train_other=False))
 
 

@@ -113,9 +113,9 @@ def test_an_optimizer_may_be_made_before_its_model_is_moved(prepared: bool, dtyp
     optimizer = optimizer_of(made, compile="auto", expert_ranks=(8,))
     made.cuda()
     if prepared:
-        move = lambda each: {k: v.cuda() for k, v in each.items()}  # noqa: E731
         saved = optimizer.state_dict()
-        optimizer.load_state_dict({**saved, "state": {i: move(each) for i, each in saved["state"].items()}})
+        moved = {i: {key: value.cuda() for key, value in each.items()} for i, each in saved["state"].items()}
+        optimizer.load_state_dict({**saved, "state": moved})
     there = optimizer_of(other, compile="auto", expert_ranks=(8,))
     for mine, its in zip(made.parameters(), other.parameters(), strict=True):
         if "lora_A" in there.state[its]:

@@ -184,6 +184,11 @@ def test_memory_that_is_too_small_halves_the_batches(model, tokenizer, monkeypat
     limit = 0
     with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
         score_continuations(model, tokenizer, pairs)
+    limit, rows = 8, []
+    monkeypatch.setattr("molf.tasks.batches.is_sharded", lambda _: True)  # the other processes are in another layer
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        score_continuations(model, tokenizer, pairs)
+    assert rows == [21]
 
 
 def test_where_the_context_is_found(tokenizer) -> None:

@@ -235,10 +235,13 @@ def test_weights_loaded_through_data_before_the_first_step_are_not_undone() -> N
         lm_step(model, optimizer, 0)
 
 
-def test_weights_loaded_before_the_state_is_loaded_into_itself_are_not_undone() -> None:
+@pytest.mark.parametrize("group_added", [False, True])
+def test_weights_loaded_before_the_state_is_loaded_into_itself_are_not_undone(group_added: bool) -> None:
     """accelerate does that when it prepares an optimizer, and the weights were rewritten without a word."""
     model, other = causal_lm("llama", torch.bfloat16), causal_lm("llama", torch.bfloat16)
     optimizer = create_molf_optimizer(model, TWO)
+    if group_added:
+        optimizer.add_param_group({"params": nn.Linear(2, 2).bfloat16().parameters()})
     model.load_state_dict({name: tensor + 1 for name, tensor in other.state_dict().items()})
     optimizer.load_state_dict(optimizer.state_dict())
     with pytest.raises(RuntimeError, match="was changed since the optimizer was made"):

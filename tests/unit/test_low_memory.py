@@ -310,8 +310,9 @@ def test_gradients_that_came_by_no_hook_are_stepped_by_step() -> None:
     optimizer.step()
     assert not any(map(torch.equal, before, (model[0].weight, extra.weight)))
     assert all(each.grad is None for each in (*model.parameters(), *extra.parameters()))
-    with pytest.warns(UserWarning, match="no parameter of this optimizer has a gradient"):
+    with pytest.warns(UserWarning, match="no parameter of this optimizer has a gradient") as caught:
         optimizer.step()
+    assert caught[0].filename == __file__
 
 
 def test_a_layer_whose_bias_was_frozen_since_is_named_when_it_steps_in_the_backward_pass() -> None:

@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from models import causal_lm, lm_step, twin_groups
 from molf import MoLFConfig, create_molf_optimizer, molf_lora_config
 from molf.optim import parts, stacks, virtual
+from molf.optim.adamw import Tracking
+from molf.optim.compiled import _moment_numbers
 
 MOLF = MoLFConfig(expert_ranks=(2, 3), lora_alpha=(3.0, 5.0), lr=1e-3, lora_lr=1e-3, compile=False)
 EFFICIENT = MoLFConfig(expert_ranks=(2, 3), train_base=False, lora_lr=3e-3, compile=False)
@@ -270,6 +272,12 @@ def test_numbers_of_groups_that_are_tensors_are_numbers():
         _train(model, optimizer, range(4))
         found.append([parameter.detach() for parameter in model.parameters()])
     assert all(map(torch.equal, *found))
+
+
+def test_compiled_code_is_given_numbers_where_groups_have_tensors():
+    """A CPU's takes either; a kernel's argument that is a tensor would be an address."""
+    tracking = Tracking((torch.tensor(0.5), torch.tensor(0.75)), torch.tensor(2.0**-20), "epd")
+    assert [type(each) for each in _moment_numbers(tracking)[:5]] == [float] * 5
 
 
 def _as_dicts(optimizer):

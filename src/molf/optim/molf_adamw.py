@@ -142,7 +142,7 @@ class MoLFAdamW(MoLFStep):
         self.decisions = []
         others = [(i, j) for i, j in self._unrouted() if present[i][j]]
         if not active and not others:
-            _warn_of_nothing()
+            _warn_of_nothing(5)
         self._step(self.stacks(), active, others)
         self._remember_written()
         every = self.config.check_ranks_every
@@ -173,7 +173,7 @@ class MoLFAdamW(MoLFStep):
         self._check_resumed(stepped)
         if not hooks.stepped:
             self.decisions = []
-            _warn_of_nothing()
+            _warn_of_nothing(6)
         hooks.stepped.clear()
         self._remember_written()
 
@@ -193,11 +193,12 @@ class MoLFAdamW(MoLFStep):
         self._awaits_gradient = set()
 
 
-def _warn_of_nothing() -> None:
+def _warn_of_nothing(stacklevel: int) -> None:
+    """Warn the caller of ``step``, which torch wraps twice."""
     warnings.warn(
         "step: no parameter of this optimizer has a gradient, nothing was updated; make the optimizer from the model "
         "that is trained",
-        stacklevel=4,
+        stacklevel=stacklevel,
     )
 
 

@@ -204,16 +204,16 @@ class MoLFState(Optimizer):
         def fill(_: Optimizer) -> None:
             self.state = kept
             ids = [index for group in saved["param_groups"] for index in group["params"]]
-            moved = False
+            changed = False
             for index, parameter in zip(ids, (p for group in self.param_groups for p in group["params"]), strict=True):
                 for key, value in saved["state"][index].items():
                     # in place: W may be the weight itself, and accelerate loads the state into itself
                     own = self.state[parameter][key]
                     given = local(fitted(value, own)).to(local(own).device)
-                    moved = moved or (key in PRECISE and not torch.equal(given, local(own)))
+                    changed = changed or (key in PRECISE and not torch.equal(given, local(own)))
                     local(own).copy_(given)
             # a new state, loaded into itself, would undo what was loaded into the model since it was made
-            if moved or not untouched:
+            if changed or not untouched:
                 self.sync_weights()
 
         check_form(state_dict)
@@ -244,9 +244,9 @@ class MoLFState(Optimizer):
         dtype = moment_dtype(parameter)
         state = {"step": torch.tensor(0.0, dtype=torch.float32, device="cpu")}
         if dtype != parameter.dtype and self.config.keep_base:
+            master = parameter.detach().to(dtype, copy=True)
             # DistributedDataParallel, too, takes the first process's weights
-            own = parameter.detach()
-            state["base"] = (own if is_distributed(own) else same_everywhere(own.clone())).to(dtype, copy=True)
+            state["base"] = master if is_distributed(master) else same_everywhere(master)
         in_8_bits = self.config.moments_8bit and expert not in self._lora_experts  # LoRA's are small
         for name in MOMENTS if expert != "base" else ():
             if in_8_bits:

@@ -198,17 +198,8 @@ class MethodArguments:
                 raise ValueError(f"{name}={getattr(args, name)}: {self.method} does not use it; leave it out")
         if spec.adapter and not (spec.routes and self.train_other) and args.weight_decay != TrainArguments.weight_decay:
             raise ValueError(f"weight_decay={args.weight_decay}: {self.method} takes lora_weight_decay")
-        if self.method == "adalora" and not starts_anew(args.resume_from_checkpoint):
-            raise ValueError(
-                f"resume_from_checkpoint={args.resume_from_checkpoint}: adalora's importance scores are in no "
-                "checkpoint, so it cannot continue exactly; start a new run in another output_dir"
-            )
-        if self.method == "adalora" and args.on_nonfinite == "skip":
-            raise ValueError("on_nonfinite=skip: adalora scores its ranks by the gradients of every step; use stop")
-        if self.method == "adalora" and args.load_best_model_at_end:
-            raise ValueError(
-                "load_best_model_at_end=True: adalora's last ranks are not those of the best checkpoint; leave it out"
-            )
+        if self.method == "adalora":
+            _check_adalora(args)
         evaluates = args.eval_strategy != "no"
         if self.task is None and bool(self.eval_dataset_path) != evaluates:
             raise ValueError(
@@ -280,6 +271,21 @@ class MethodArguments:
             check_ranks_every=self.check_ranks_every,
         )
         return resolve(self.method, config)
+
+
+def _check_adalora(args: TrainArguments) -> None:
+    """What its ranks, which go by every step's gradients, do not take."""
+    if not starts_anew(args.resume_from_checkpoint):
+        raise ValueError(
+            f"resume_from_checkpoint={args.resume_from_checkpoint}: adalora's importance scores are in no "
+            "checkpoint, so it cannot continue exactly; start a new run in another output_dir"
+        )
+    if args.on_nonfinite == "skip":
+        raise ValueError("on_nonfinite=skip: adalora scores its ranks by the gradients of every step; use stop")
+    if args.load_best_model_at_end:
+        raise ValueError(
+            "load_best_model_at_end=True: adalora's last ranks are not those of the best checkpoint; leave it out"
+        )
 
 
 def _check_schedule(args: SFTConfig) -> None:

@@ -132,9 +132,7 @@ def _train(
     if spec.routes and first:
         metrics["expert_share"] = _expert_shares(out, config)
     if task is not None and method.eval_at_end and (first or is_sharded(trainer.model)):
-        # without the autocast of training: as of what is saved, and as after a resume that trains no more
-        plain = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-        metrics |= _scores(task, plain, tokenizer, scored, method.method)
+        metrics |= _scores(task, trainer, tokenizer, scored, method.method)
     if first:
         write_json(out / "metrics.json", metrics)
     return metrics
@@ -212,8 +210,12 @@ def _save(trainer: Any, adapted: Adapted | None, out: Path) -> None:
             sync(path)
 
 
-def _scores(task: Task, model: Any, tokenizer: Any, scored: dict[str, Sequence[Any]], method: str) -> dict[str, Any]:
-    """The task's metrics of every part of the records; those of the part without a name stand by themselves."""
+def _scores(task: Task, trainer: Any, tokenizer: Any, scored: dict[str, Sequence[Any]], method: str) -> dict[str, Any]:
+    """The task's metrics of every part of the records; those of the part without a name stand by themselves.
+
+    Without the autocast of training: as of what is saved, and as after a resume that trains no more.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     metrics: dict[str, Any] = {}
     for part, records in scored.items():
         found = task.evaluate(model, tokenizer, records, description=f"evaluate {part or method}")
