@@ -17,8 +17,9 @@ DESCRIPTION = """usage: molf plan [--all] [--gpus N] OPTIONS OF molf train
 
     molf plan --model_name_or_path DIR --method molf --per_device_train_batch_size 8 --max_length 1024
 
-Every tensor with its expert, learning rate and decay, and the memory of fft, lora, molf and molf-e side by side. No
-weight is loaded and no data are read: sequences are taken to have --max_length tokens.
+The tensors with expert, learning rate and decay, in one line those of all layers (--all: a line for each), and
+the memory of fft, lora, molf and molf-e side by side, on 1 to N GPUs (--gpus, default 8). No weight is loaded and no
+data are read: sequences are taken to have --max_length tokens.
 """
 
 
