@@ -15,7 +15,7 @@ bench() { # KIND RESULT OPTIONS...
 
 contenders="fft fft-amp molf molf-dense-late molf-lora lora molf-e"
 for size in 1.5b 3b; do
-    bench step "step_gpu_$size" --preset "qwen2.5-$size" --contenders $contenders
+    bench step "step_gpu_$size" --preset "qwen2.5-$size" --contenders $contenders --steps 20
     bench train "train_gpu_$size" --preset "qwen2.5-$size" --contenders $contenders
     bench train "train_gpu_${size}_checkpointing" --preset "qwen2.5-$size" --contenders $contenders \
         --gradient_checkpointing

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from itertools import chain
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -178,6 +179,22 @@ def test_gradients_in_16_bits(compiler, turned: bool) -> None:
     assert not compiler.gradients([grad.float() for grad in laid_out], A.float(), Bt.float(), scales, out, turned)
 
 
+@pytest.mark.parametrize(("capability", "ours"), [((7, 5), False), ((8, 0), True)])
+def test_products_in_16_bits_are_left_to_torch_before_ampere(compiler, monkeypatch, capability, ours: bool) -> None:
+    """For which Triton 3.6 makes no tensor core instructions of them."""
+    multiplies = kernels._multiplies
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    device = SimpleNamespace(is_cuda=True, device="cuda:0")
+    monkeypatch.setattr(kernels, "_multiplies", lambda like: multiplies(device))
+    A, Bt, scales = torch.randn(1, 2, 4).half(), torch.randn(1, 2, 3).half(), torch.ones(2)
+    out = torch.zeros(1, 2, 4), torch.zeros(1, 2, 3)
+    assert compiler.gradients([torch.randn(3, 4).half()], A, Bt, scales, out, False) == ours
+    monkeypatch.setattr(compiler, "_superpose", lambda listed, scales: None)
+    listed = [Products([torch.ones(3, 4, dtype=dtype)], [torch.ones(3, 4)], Bt.float(), A.float())
+              for dtype in (torch.float16, torch.float32)]  # fmt: skip
+    assert compiler.superpose(listed, scales) == ([0, 1] if ours else [1])
+
+
 def test_sums_that_do_not_compile_leave_the_moments(compiler, monkeypatch) -> None:
     """What is run again uncompiled must not have run."""
 
@@ -190,6 +207,19 @@ def test_sums_that_do_not_compile_leave_the_moments(compiler, monkeypatch) -> No
     with pytest.raises(CompileError, match="no space left"):
         run(compiler, track_all, [tuple(ours[:3])], Tracking((0.9, 0.999), 1e-8, "epd"))
     assert all(map(torch.equal, ours, theirs))
+
+
+def test_a_full_device_is_no_compiler_that_fails(compiler, monkeypatch) -> None:
+    """Triton says so by a plain error."""
+
+    class Full:
+        def __getitem__(self, grid: object) -> None:
+            raise RuntimeError("Triton Error [CUDA]: out of memory")
+
+    monkeypatch.setattr(kernels, "_sums", Full())
+    with pytest.raises(RuntimeError, match=r"^Triton Error \[CUDA\]: out of memory") as caught:
+        run(compiler, track_all, [tuple(tensors((2, 50), 0)[:3])], Tracking((0.9, 0.999), 1e-8, "epd"))
+    assert not isinstance(caught.value, CompileError)
 
 
 def test_jobs_that_are_alike_share_a_launch(compiler, monkeypatch) -> None:

@@ -113,6 +113,9 @@ def test_stochastic_rounding_is_unbiased_and_exact_where_it_can_be() -> None:
     exact = torch.tensor([1.0, -2.5, 0.0, -0.0, 3.0e38, 1e-40]).bfloat16()
     round_stochastically(exact.float(), rounded := torch.empty_like(exact))
     assert torch.equal(rounded.view(torch.int16), exact.view(torch.int16))
+    broken = torch.tensor([0x7FFFFFFF, 0x7FC00000, -1], dtype=torch.int32).view(torch.float32)  # a GPU's, a CPU's
+    round_stochastically(broken, rounded := torch.zeros(3, dtype=torch.bfloat16))
+    assert rounded.isnan().all()
 
 
 @pytest.mark.parametrize(("half", "name"), [(0, "0.weight"), (1, "1.weight")])

@@ -57,6 +57,7 @@ KINDS = {
     "molf-dense": Kind("the same where dense always wins and LoRA never has", options={"policy": "fixed-dense"}),
     "molf-dense-late": Kind("the same where dense always wins but LoRA has won", options={"lora_lr": 0.0}, late=True),
     "molf-lora": Kind("the same where LoRA always wins", options={"policy": "fixed-lora"}),
+    "molf-amp": Kind("MoLF with fp32 weights under bf16 autocast", late=True, amp=True),
     "molf-superposed": Kind("MoLF with its experts in a PEFT adapter over a trained base", adapter="stacked"),
     "lora": Kind("one PEFT LoRA of the summed rank, AdamW(fused=True)", _ADAMW, "stacked", True, _FUSED),
     "lora-2": Kind("one PEFT adapter per rank, AdamW(fused=True)", _ADAMW, "two", True, _FUSED),

@@ -118,7 +118,7 @@ class Kernels(Compiled):
         """As ``Compiled.gradients``, where all is in 16 bits but ``out``."""
         low = A.dtype in self.LOW and all(each.dtype == A.dtype for each in grads)
         plain = self._are_plain([*grads, A, Bt], low=True) and self._are_plain([scales, *out])
-        if not (low and plain and A.numel() and Bt.numel()):
+        if not (low and plain and A.numel() and Bt.numel() and _multiplies(A)):
             return False
         for left, to, across in ((Bt, out[0], turned), (A, out[1], not turned)):
             count, columns, depth = len(grads), to.shape[2], left.shape[2]
@@ -132,6 +132,14 @@ class Kernels(Compiled):
                     *numbers, _TYPES[A.dtype], aligned, across, TILE, DEPTH, **_OPTIONS, num_warps=8
                 )
         return True
+
+    def _are_products(self, each: Products) -> bool:
+        return super()._are_products(each) and (each.targets[0].dtype == torch.float32 or _multiplies(each.left))
+
+
+def _multiplies(like: Tensor) -> bool:
+    """Whether Triton has the device multiply matrices in 16 bits. Before Ampere it does not: torch is faster there."""
+    return not like.is_cuda or torch.cuda.get_device_capability(like.device) >= (8, 0)
 
 
 def _alike(table: Table) -> dict[tuple[torch.dtype | None, torch.dtype | None, bool], list[int]]:
@@ -157,8 +165,11 @@ def _to_device(columns: Sequence[Column], count: int, like: Tensor) -> Tensor:
 
 def _halves(factor: Tensor) -> Tensor:
     """(K, 2 R, n) in bf16: the high halves of the numbers, then the low ones. Both together have 16 bits of them."""
-    high = factor.to(torch.bfloat16)
-    return torch.cat([high, (factor - high).to(torch.bfloat16)], 1)
+    count, ranks, length = factor.shape
+    halves = factor.new_empty(count, 2 * ranks, length, dtype=torch.bfloat16)
+    high, low = halves.split(ranks, 1)
+    torch.sub(factor, high.copy_(factor), out=low)
+    return halves
 
 
 @contextmanager
@@ -168,7 +179,8 @@ def _compiling(like: Tensor) -> Iterator[None]:
         with torch.cuda.device(like.device) if like.is_cuda else nullcontext():
             yield
     except (TritonError, RuntimeError, OSError, subprocess.SubprocessError) as error:
-        if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)):
+        # of the driver's errors Triton says what they are, and no more
+        if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)) or "[CUDA]: out of memory" in str(error):
             raise
         raise CompileError(f"Triton: {error}") from error
 

@@ -122,8 +122,9 @@ def round_stochastically(value: Tensor, store: Tensor) -> None:
     """Write fp32 values to a bf16 tensor, up or down with probabilities that keep the expected value.
 
     bf16 is the upper half of fp32's bits: a uniform number below 2¹⁶ is added and the lower half dropped. Draws from
-    torch's generator of the device.
+    torch's generator of the device. NaN stays NaN.
     """
     noise = torch.randint(0, 2**16, value.shape, dtype=torch.int32, device=value.device)
     bits = (value.view(torch.int32) + noise).bitwise_and_(-(2**16))
-    store.copy_(bits.view(torch.float32))
+    rounded = bits.view(torch.float32)
+    store.copy_(torch.where(value.isnan(), value, rounded, out=rounded))  # a NaN of a GPU is all ones, and overflows
