@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
@@ -243,9 +244,34 @@ def test_weights_loaded_before_the_state_is_loaded_into_itself_are_not_undone(gr
     if group_added:
         optimizer.add_param_group({"params": nn.Linear(2, 2).bfloat16().parameters()})
     model.load_state_dict({name: tensor + 1 for name, tensor in other.state_dict().items()})
-    optimizer.load_state_dict(optimizer.state_dict())
+    for _ in range(2):  # as by two Accelerators
+        optimizer.load_state_dict(optimizer.state_dict())
     with pytest.raises(RuntimeError, match="was changed since the optimizer was made"):
         lm_step(model, optimizer, 0)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("names", [("model", "optimizer"), ("weights", "optimizer")])
+def test_a_checkpoint_is_loaded_in_place_in_any_order(tmp_path, names: tuple[str, str]) -> None:
+    """As torch's distributed checkpoint does, by name: W was the weight itself, and the later of P and W both."""
+    saved, loaded = (dict(zip(names, _pair(), strict=True)) for _ in range(2))
+    for step in range(3):
+        lm_step(*saved.values(), step)
+    dcp.save({name: each.state_dict() for name, each in saved.items()}, checkpoint_id=tmp_path, no_dist=True)
+    states = {name: each.state_dict() for name, each in loaded.items()}
+    dcp.load(states, checkpoint_id=tmp_path, no_dist=True)
+    for name, each in loaded.items():
+        each.load_state_dict(states[name])
+    for step in range(3, 5):
+        lm_step(*saved.values(), step)
+        lm_step(*loaded.values(), step)
+    for a, b in zip(*(each[names[0]].parameters() for each in (saved, loaded)), strict=True):
+        assert torch.equal(a, b)
+
+
+def _pair() -> tuple[nn.Module, MoLFAdamW]:
+    model = causal_lm("llama")
+    return model, create_molf_optimizer(model, MoLFConfig(expert_ranks=(2,), policy="fixed-lora"))
 
 
 def test_a_tensor_of_another_shape_changes_nothing() -> None:
@@ -262,6 +288,37 @@ def test_a_tensor_of_another_shape_changes_nothing() -> None:
     with pytest.raises(RuntimeError, match=rf"model\.norm\.weight is \({shape + 1},\) now and was \({shape},\)"):
         optimizer.step()
     torch.testing.assert_close(optimizer.state_dict()["state"], before, rtol=0, atol=0)
+
+
+def test_an_optimizer_under_inference_mode_is_refused() -> None:
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"torch\.inference_mode\(\): make it outside"):
+        create_molf_optimizer(causal_lm("llama"), TWO)
+
+
+@pytest.mark.parametrize("ranks", [(), (128,)])
+def test_a_gradient_whose_square_is_beyond_float_is_not_finite(ranks: tuple[int, ...]) -> None:
+    """Uncompiled, too; v was infinite from then on."""
+    model = nn.Sequential(nn.Linear(256, 256, bias=False))
+    optimizer = create_molf_optimizer(model, MoLFConfig(expert_ranks=ranks, compile=False))
+    model[0].weight.grad = torch.ones(256, 256)
+    model[0].weight.grad[3, 5] = 1e21
+    with pytest.raises(NonFiniteGradientError, match="nothing was updated"):
+        optimizer.step()
+    assert not optimizer.state[model[0].weight]["exp_avg_sq"].any()
+
+
+def test_several_processes_may_skip_a_step_but_not_the_first(monkeypatch) -> None:
+    """Which without gradients is one of a model that was sharded too late."""
+    monkeypatch.setattr("molf.optim.molf_adamw.processes", lambda: 2)
+    model = causal_lm("llama")
+    optimizer = create_molf_optimizer(model, TWO)
+    with pytest.raises(RuntimeError, match="was the model sharded after its optimizer was made"):
+        optimizer.step()
+    lm_step(model, optimizer, 0)
+    optimizer.zero_grad()
+    with pytest.warns(UserWarning, match="no parameter of this optimizer has a gradient"):
+        optimizer.step()
+    assert optimizer.steps_taken == 1
 
 
 def test_weights_that_are_nan_are_no_change() -> None:
@@ -321,6 +378,35 @@ def test_weights_changed_behind_the_optimizer_are_not_overwritten(dtype: torch.d
     lm_step(model, optimizer, 2)
 
 
+@pytest.mark.parametrize(("dtype", "change"), [(torch.float32, 1 + 2**-12), (torch.bfloat16, 1 + 2**-7)])
+def test_products_in_another_order_are_no_change(dtype: torch.dtype, change: float) -> None:
+    """P as it was written compiled, or elsewhere, is not what torch makes of it here, bit for bit."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(4))).to(dtype)
+    config = MoLFConfig(expert_ranks=(16,), policy="fixed-lora", lora_lr=0.1, compile=False)
+    optimizer = create_molf_optimizer(model, config)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(torch.randn(8, 64, dtype=dtype)).square().sum().backward()
+        optimizer.step()
+
+    step()
+    step()
+    different = 0
+    for layer in model:
+        state = optimizer.state[layer.weight]
+        exact = state["base"].double() + 2 * state["lora_B"].double() @ state["lora_A"].double()
+        different += int((exact.to(dtype) != layer.weight).sum())
+        layer.weight.data = exact.to(dtype)
+    assert different > 0
+    step()
+    with torch.no_grad():
+        model[2].weight[3, 5] *= change
+    with pytest.raises(RuntimeError, match="2 was changed since"):
+        step()
+
+
 def test_weights_loaded_before_a_lora_expert_won_are_taken() -> None:
     """W is the weight itself until then: there is no other copy that the step could return to."""
     model, other = causal_lm("llama"), causal_lm("llama")
@@ -344,6 +430,17 @@ def test_loading_a_state_brings_the_weights_with_it() -> None:
     create.load_state_dict(optimizer.state_dict())
     layer = "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(model.get_parameter(layer), other.get_parameter(layer))
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_model_in_float16_has_no_rounding_that_spares_masters(steps: int) -> None:
+    model = causal_lm("llama", torch.bfloat16)
+    optimizer = create_molf_optimizer(model, MoLFConfig(expert_ranks=(), keep_base=False))
+    for step in range(steps):
+        lm_step(model, optimizer, step)
+    model.half()
+    with pytest.raises(RuntimeError, match=r"is torch\.float16 now: convert the model before"):
+        lm_step(model, optimizer, 0)
 
 
 @pytest.mark.parametrize("steps", [0, 2])

@@ -224,7 +224,7 @@ def test_steps_in_the_backward_pass_free_gradients_and_refuse_accumulation() -> 
     assert before["state"][0]["step"] == optimizer.state_dict()["state"][0]["step"]
     with pytest.raises(ValueError, match=r"max_grad_norm=1\.0: step_in_backward=True"):
         MoLFConfig(step_in_backward=True, max_grad_norm=1.0)
-    with pytest.raises(NonFiniteGradientError, match="nothing was updated"):
+    with pytest.raises(NonFiniteGradientError, match="what came before it in the backward pass was updated"):
         (model(input_ids=ids, labels=ids).loss * torch.inf).backward()
 
 
@@ -286,6 +286,16 @@ def test_of_two_optimizers_with_steps_in_the_backward_pass_the_later_one_steps()
         second.step()
     assert torch.equal(model[0].weight, before)
     assert (first.steps_taken, second.steps_taken) == (1, 2)
+
+
+def test_an_optimizer_takes_a_model_from_one_that_steps_in_its_backward_pass() -> None:
+    """Which went on alone, as long as a scheduler or a variable held it, and left the other no gradient."""
+    model = nn.Sequential(nn.Linear(4, 2))
+    first = create_molf_optimizer(model, MoLFConfig(expert_ranks=(2,), step_in_backward=True, **RATES))
+    second = create_molf_optimizer(model, MoLFConfig(expert_ranks=(2,), **RATES))
+    model(torch.ones(1, 4)).sum().backward()
+    second.step()
+    assert (first.steps_taken, second.steps_taken) == (0, 1)
 
 
 def test_a_deleted_optimizer_steps_in_no_backward_pass() -> None:

@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import BdLoraConfig
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from models import ARCHITECTURES, causal_lm, lm_step
 from molf import MoLFConfig, create_molf_optimizer, molf_lora_config
@@ -152,6 +153,13 @@ def test_modules_to_save_train_in_molf_efficient() -> None:
     assert names == ["base_model.model.lm_head.modules_to_save.default.weight"]
 
 
+def test_a_layer_of_a_class_that_fsdp_made_of_conv1d_is_routed() -> None:
+    """``fully_shard`` gives what it wraps a class of another name."""
+    model = nn.Sequential(nn.Linear(4, 4), Conv1D(4, 4))
+    model[1].__class__ = type("FSDPConv1D", (Conv1D,), {})
+    assert create_molf_optimizer(model, MoLFConfig(expert_ranks=(2,))).routed_modules == ["0", "1"]
+
+
 def test_frozen_layers_are_not_routed() -> None:
     model = causal_lm("llama")
     model.model.layers[0].requires_grad_(False)
@@ -173,6 +181,12 @@ class Tied(nn.Module):
         self.two.weight = self.one.weight
 
 
+class TiedByStorage(Tied):
+    def __init__(self) -> None:
+        super().__init__()
+        self.two.weight = nn.Parameter(self.one.weight)
+
+
 BLOCKS = BdLoraConfig(target_modules_bd_b=["q_proj"], nblocks=2)
 
 
@@ -188,6 +202,7 @@ BLOCKS = BdLoraConfig(target_modules_bd_b=["q_proj"], nblocks=2)
         (lambda: causal_lm("llama"), {"target_modules": ["embed_tokens"]}, "embed_tokens, a Embedding: only linear"),
         (lambda: causal_lm("llama"), {"lora_dropout": 0.1}, r"lora_dropout=0.1: virtual LoRA .* get_peft_model"),
         (Tied, {}, "one is routed but its weight is tied .one.weight = two.weight.*exclude_modules"),
+        (TiedByStorage, {}, "one is routed but its weight is tied .one.weight = two.weight.*exclude_modules"),
         (
             lambda: causal_lm("qwen2"),
             {"target_modules": ["lm_head"]},

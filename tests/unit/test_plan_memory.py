@@ -37,11 +37,11 @@ def test_loading_a_state_into_itself_holds_it_once() -> None:
     """accelerate does that when it prepares an optimizer; the state was there twice, the peak of a run."""
     optimizer = create_molf_optimizer(causal_lm("llama"), MoLFConfig(expert_ranks=(8,)))
     tensors = [value for state in optimizer.state.values() for value in state.values()]
-    size = sum(value.numel() * value.element_size() for value in tensors)
+    size, bases = bytes_of(tensors), bytes_of(s["base"] for s in optimizer.state.values() if "base" in s)
     with PeakTracker() as tracker:
         optimizer.load_state_dict(optimizer.state_dict())
     assert all(a is b for a, b in zip(tensors, (v for s in optimizer.state.values() for v in s.values()), strict=True))
-    assert tracker.peak < size / 4
+    assert tracker.peak < bases + (size - bases) / 4  # of each W that is the weight, a copy, as large as its gradient
 
 
 def small_workload(**change: Any) -> Workload:

@@ -7,7 +7,7 @@ accumulation over several backward passes, is refused.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -17,7 +17,7 @@ Units = Sequence[Sequence[Tensor]]
 """Parameters that are stepped together: those of a module, or one that is not routed."""
 
 _HANDLES: Any = WeakTensorKeyDictionary()
-"""The hook of each parameter; a later optimizer's takes its place."""
+"""The hook of each parameter, until another optimizer takes the parameter."""
 
 
 class BackwardHooks:
@@ -40,8 +40,6 @@ class BackwardHooks:
         """Watch another unit."""
         for parameter in unit:
             self._unit[id(parameter)] = len(self.units)
-            if parameter in _HANDLES:
-                _HANDLES.pop(parameter).remove()
             if parameter.requires_grad:
                 hook = weakref.WeakMethod(self._on_gradient)
                 _HANDLES[parameter] = parameter.register_post_accumulate_grad_hook(lambda p, hook=hook: _call(hook, p))
@@ -58,7 +56,8 @@ class BackwardHooks:
         if index in self.stepped:
             raise RuntimeError(
                 "step_in_backward=True: a second backward pass before step(); it cannot accumulate gradients, so use a "
-                "larger batch, or step_in_backward=False"
+                "larger batch, or step_in_backward=False. After one that ended with an error, call "
+                "optimizer.zero_grad(); of a module in two checkpoints, use_reentrant=False"
             )
         self._step_if_complete(index)
 
@@ -69,6 +68,13 @@ class BackwardHooks:
             _call(self._on_ready, index)
             for each in unit:
                 each.grad = None
+
+
+def release(parameters: Iterable[Tensor]) -> None:
+    """Take the hooks off parameters, which are another optimizer's now."""
+    for parameter in parameters:
+        if parameter in _HANDLES:
+            _HANDLES.pop(parameter).remove()
 
 
 def _call(method: weakref.WeakMethod[Any], argument: Any) -> None:

@@ -44,12 +44,15 @@ class WrittenTensors:
         """Take the tensors as they are now."""
         self._versions = _versions(tensors)
 
-    def check(self, tensors: Iterable[Tensor], derived: Callable[[], Iterable[tuple[str, Tensor, Tensor]]]) -> None:
+    def check(
+        self, tensors: Iterable[Tensor], derived: Callable[[], Iterable[tuple[str, Tensor, Tensor, float]]]
+    ) -> None:
         """Raise if a tensor no longer holds what the state says.
 
         Args:
             tensors: As they were remembered.
-            derived: Name, tensor and what it has to hold, of each; asked for only if a counter moved.
+            derived: Of each the name, the tensor, what it has to hold before it is rounded, and by how much that may
+                differ; asked for only if a counter moved.
 
         Raises:
             RuntimeError: Naming the tensor; the step would have undone the change.
@@ -57,8 +60,9 @@ class WrittenTensors:
         now = _versions(tensors)
         if now == self._versions:
             return
-        for name, tensor, content in derived():
-            if not torch.allclose(content.to(tensor.dtype), tensor, rtol=0, atol=0, equal_nan=True):
+        for name, tensor, content, slack in derived():
+            least, most = ((content + sign * slack).to(tensor.dtype) for sign in (-1, 1))
+            if not ((least <= tensor) & (tensor <= most) | tensor.isnan() & content.isnan()).all():
                 raise RuntimeError(
                     f"{name} was changed since the optimizer was made, and the step would undo that: load weights "
                     "before making the optimizer, or call sync_weights() to return to the optimizer's state"
@@ -85,7 +89,8 @@ def check_unchanged(name: str, parameter: Tensor, state: dict[str, Any], keep_ba
     if "base" in state or "exp_avg" not in state:
         return
     dtype = moment_dtype(parameter)
-    if state["exp_avg"].dtype != dtype or (keep_base and parameter.dtype != dtype):
+    rounds = not keep_base and parameter.dtype == torch.bfloat16
+    if state["exp_avg"].dtype != dtype or not (parameter.dtype == dtype or rounds):
         raise RuntimeError(f"{name} is {parameter.dtype} now: convert the model before its optimizer is made")
 
 
@@ -98,12 +103,14 @@ class GradientCheck:
         values: A number of each that is finite if and only if the gradient is, on the first one's device.
         clip: The clipping factor, 0-dimensional; None does not clip.
         gate: On an accelerator whether all values are finite, 0-dimensional; None on the CPU, where that is known.
+        outcome: What an error says of the weights.
     """
 
     names: tuple[str, ...]
     values: Tensor
     clip: Tensor | None
     gate: Tensor | None
+    outcome: str = "nothing was updated"
 
     def on(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
         """``clip`` and ``gate`` for tensors of this device and dtype."""
@@ -123,8 +130,8 @@ class GradientCheck:
         ]
         more = f" (and of {len(broken) - 1} more)" if len(broken) > 1 else ""
         raise NonFiniteGradientError(
-            f"the gradient of {broken[0]}{more} or its norm is not finite; nothing was updated. Lower the learning "
-            "rate, clip with max_grad_norm, or look at this batch"
+            f"the gradient of {broken[0]}{more} or its norm is not finite; {self.outcome}. Lower the "
+            "learning rate, clip with max_grad_norm, or look at this batch"
         )
 
 
@@ -149,23 +156,23 @@ def look_at(
     single = [grad for names, grad in grads if len(names) == 1]
     several = [(names, grad.view(len(names), -1)) for names, grad in grads if len(names) > 1]
     listed = [names[0] for names, _ in grads if len(names) == 1] + [name for names, _ in several for name in names]
-    numbers = [stack(probes(single) if limit is None else _norms(single))] if single else []
+    numbers = [stack(norms(single))] if single else []
     for _, rows in several:
-        dtype = torch.promote_types(rows.dtype, torch.float32)
-        numbers.append(
-            rows.sum(1, dtype=dtype) if limit is None else torch.linalg.vector_norm(rows, dim=1, dtype=dtype)
-        )
+        numbers.append(torch.linalg.vector_norm(rows, dim=1, dtype=torch.promote_types(rows.dtype, torch.float32)))
     found = join(numbers) if numbers else torch.zeros(0)
     return listed, found if limit is None else found.double().square()
 
 
-def check_gradients(names: Sequence[str], values: Tensor, limit: float | None) -> GradientCheck:
+def check_gradients(
+    names: Sequence[str], values: Tensor, limit: float | None, in_backward: bool = False
+) -> GradientCheck:
     """Whether all gradients are finite, and with a limit c the clipping factor min(1, c / (‖g‖ + 1e-6)).
 
     Args:
         names: Of the gradients.
         values: Of each what ``look_at`` saw.
         limit: c, the largest total norm ‖g‖ that is left alone.
+        in_backward: Whether these are the gradients of one module alone, in the backward pass.
 
     Raises:
         NonFiniteGradientError: On the CPU, if a gradient is not finite; elsewhere ``gate`` will tell.
@@ -176,9 +183,10 @@ def check_gradients(names: Sequence[str], values: Tensor, limit: float | None) -
     if limit is not None:
         clip = (limit / (values.sum().sqrt() + 1e-6)).clamp(max=1.0)
     names = tuple(names)
+    outcome = "what came before it in the backward pass was updated" if in_backward else "nothing was updated"
     if not on_host(values):
-        return GradientCheck(names, values, clip, values.isfinite().all())
-    check = GradientCheck(names, values, None if clip is None or clip == 1.0 else clip, None)
+        return GradientCheck(names, values, clip, values.isfinite().all(), outcome)
+    check = GradientCheck(names, values, None if clip is None or clip == 1.0 else clip, None, outcome)
     check.raise_if_broken(math.isfinite(sum(values.tolist())))
     return check
 
@@ -188,31 +196,13 @@ def on_host(values: Tensor) -> bool:
     return values.device.type == "cpu"
 
 
-def _norms(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """L2 norms, accumulated in fp32 at least; on a GPU in a few launches for all of a dtype."""
+def norms(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """L2 norms, 0-dimensional, accumulated in fp32 at least; in a few calls for all of a device and dtype."""
     groups: dict[Any, list[int]] = defaultdict(list)
     for i, g in enumerate(tensors):
-        groups[(g.device, g.dtype) if g.is_cuda else i].append(i)
-    norms: dict[int, Tensor] = {}
-    for indices in groups.values():
-        wide = torch.promote_types(tensors[indices[0]].dtype, torch.float32)
-        if tensors[indices[0]].is_cuda:
-            norms |= zip(indices, torch._foreach_norm([tensors[i] for i in indices], dtype=wide), strict=True)
-        else:
-            norms[indices[0]] = torch.linalg.vector_norm(tensors[indices[0]], dtype=wide)
-    return [norms[i] for i in range(len(tensors))]
-
-
-def probes(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """A number of each tensor that is finite if and only if the tensor and its norm are, 0-dimensional.
-
-    Sums, accumulated in fp32 at least; of small tensors, and on a GPU, norms, which torch computes for all in one call.
-    """
-    if tensors and all(g.is_cuda for g in tensors):
-        return _norms(tensors)
-    small = [i for i, g in enumerate(tensors) if g.numel() < 2**15 and g.dtype == torch.float32]
-    found = dict(zip(small, torch._foreach_norm([tensors[i] for i in small]) if small else (), strict=True))
-    for i, g in enumerate(tensors):
-        if i not in found:
-            found[i] = g.sum(dtype=torch.promote_types(g.dtype, torch.float32))
+        groups[g.device, g.dtype].append(i)
+    found: dict[int, Tensor] = {}
+    for (_, dtype), indices in groups.items():
+        wide = torch.promote_types(dtype, torch.float32)
+        found |= zip(indices, torch._foreach_norm([tensors[i] for i in indices], dtype=wide), strict=True)
     return [found[i] for i in range(len(tensors))]

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .config import MoLFConfig
+from .sharding import local
+from .virtual import storage
 
 _TRAINABLE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _CLASSIFIER_HEADS = ("score", "classifier", "classification_head", "qa_outputs")
@@ -92,7 +94,7 @@ def _is_lora_layer(module: nn.Module) -> bool:
 
 
 def _is_conv1d(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+    return hasattr(module, "nf") and any(each.__name__ == "Conv1D" for each in type(module).__mro__)  # FSDPConv1D
 
 
 def _matching(model: nn.Module, config: MoLFConfig) -> list[tuple[str, nn.Module]]:
@@ -246,17 +248,23 @@ def _quantised(weight: Tensor) -> bool:
 
 
 def _refuse_tied(model: nn.Module, targets: Sequence[Target], config: MoLFConfig) -> None:
-    names: dict[Tensor, list[str]] = defaultdict(list)
+    names: dict[Any, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        names[parameter].append(name)
+        names[_memory(parameter)].append(name)
     for target in targets:
         base = (target.weight, target.bias) if config.train_base or target.lora_A is None else ()
         for parameter in (*base, target.lora_A, target.lora_B):
-            if parameter is not None and len(names[parameter]) > 1:
+            if parameter is not None and len(tied := names[_memory(parameter)]) > 1:
                 raise ValueError(
-                    f"{target.name} is routed but its weight is tied ({' = '.join(names[parameter])}): "
+                    f"{target.name} is routed but its weight is tied ({' = '.join(tied)}): "
                     "leave it out with exclude_modules, or untie the weights"
                 )
+
+
+def _memory(parameter: Tensor) -> Any:
+    """What tied parameters have in common: themselves, or where their elements begin."""
+    own = local(parameter)
+    return id(parameter) if _quantised(parameter) or not own.numel() else (storage(own), own.storage_offset())
 
 
 def _refuse_sparse(model: nn.Module) -> None:

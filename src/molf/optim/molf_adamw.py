@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from .backward import BackwardHooks
+from .backward import BackwardHooks, release
 from .config import MoLFConfig
 from .guards import ResumeError
 from .layout import RoutedModule
@@ -83,6 +83,7 @@ class MoLFAdamW(MoLFStep):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As of the state; with ``step_in_backward`` these parameters, too, are stepped in the backward pass."""
         super().add_param_group(param_group)
+        release(self.param_groups[-1]["params"])
         self._stacks = None
         if self._in_backward is not None:
             for parameter in self.param_groups[-1]["params"]:

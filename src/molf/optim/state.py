@@ -47,6 +47,8 @@ class MoLFState(Optimizer):
     def __init__(
         self, params: Iterable[dict[str, Any]], config: MoLFConfig, modules: Sequence[RoutedModule] = ()
     ) -> None:
+        if torch.is_inference_mode_enabled():
+            raise ValueError("an optimizer cannot be made under torch.inference_mode(): make it outside")
         self.config = config
         self.experts = config.experts
         self.modules = tuple(modules)
@@ -126,7 +128,8 @@ class MoLFState(Optimizer):
     def _check_processes(self) -> None:
         """Refuse a step in which this process has parameters that are not the model's any more."""
         every = [p for group in self.param_groups for p in group["params"]]
-        if any(p not in self.state for p in every) or all(p.grad is None for p in every):
+        skipped = self.steps_taken == 0 and all(p.grad is None for p in every)
+        if skipped or any(p not in self.state for p in every):
             raise ProcessesDifferError(
                 "no gradient reaches the optimizer's parameters: was the model sharded after its optimizer was made? "
                 "Make the optimizer after fully_shard"
@@ -170,8 +173,14 @@ class MoLFState(Optimizer):
         """As of every optimizer: tensors, numbers and strings, the parameters by their index.
 
         The first group repeats the settings of those without parameters, which torch's distributed checkpoint drops.
+        Tensors are the state's own; of a W that is the weight itself, a copy.
         """
         saved = super().state_dict()
+        for index, parameter in enumerate(p for group in self.param_groups for p in group["params"]):
+            own = saved["state"][index]
+            if "base" in own and virtual.shares_storage(own["base"], parameter):
+                # torch's distributed checkpoint loads into what it is given, and P is another tensor of it
+                saved["state"][index] = {**own, "base": own["base"].clone()}
         bare = {str(i): dict(group) for i, group in enumerate(saved["param_groups"]) if not group["params"]}
         if bare:
             next(group for group in saved["param_groups"] if group["params"])["without_parameters"] = bare
@@ -215,6 +224,8 @@ class MoLFState(Optimizer):
             # a new state, loaded into itself, would undo what was loaded into the model since it was made
             if changed or not untouched:
                 self.sync_weights()
+            else:
+                self._made = self._versions()
 
         check_form(state_dict)
         # after the hooks that others registered to change what is loaded, and before those that look at it
@@ -234,7 +245,8 @@ class MoLFState(Optimizer):
         for parameter, state in self.state.items():
             device = local(parameter).device
             moved = {key: each.to(device) for key, each in state.items() if key != "step" and each.device != device}
-            if "base" in moved and not state["step"] and moved["base"].dtype == parameter.dtype:
+            stored = "base" in moved and moved["base"].dtype == parameter.dtype
+            if stored and not local(state["lora_B"]).any():
                 moved["base"] = parameter.detach()  # W = P while B = 0
             state.update(moved)
         self._passes.move(next(iter(self.state)).device)
@@ -314,20 +326,25 @@ class MoLFState(Optimizer):
             _, _, (left,), (right,) = self._products(module, held, held)
             values[id(weight)] = virtual.superpose(held, left, right, self._scales(held), sign=-1)
 
-    def _derived(self) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """The model's tensors that this optimizer rewrites from its state: name, tensor, and what it has to hold."""
+    def _derived(self) -> Iterator[tuple[str, Tensor, Tensor, float]]:
+        """The model's tensors that this optimizer rewrites from its state.
+
+        Name, tensor, the precise value of what it has to hold, and by how much that may differ: P that was written
+        elsewhere, or with other layers, may be of products that add up in another order.
+        """
         self._follow_devices()
         for group in self.param_groups:
             for name, parameter in zip(group["param_names"], group["params"], strict=True):
                 if "base" in self.state[parameter] and "lora_A" not in self.state[parameter]:
-                    yield name, local(parameter), local(self.state[parameter]["base"])
+                    yield name, local(parameter), local(self.state[parameter]["base"]), 0.0
         for module in self.modules:
             weight = self._parameter(module.slots[0])
             base = self.state[weight].get("base", weight)
             if self._is_virtual(module) and not virtual.shares_storage(base, weight):
-                expected = local(weight).clone()
+                expected = torch.empty_like(local(base))
                 self._write_products([self._products(module, expected, base)])
-                yield module.name, local(weight), expected
+                rounding = 2**-19 if weight.dtype == expected.dtype else 2**-15  # a GPU multiplies halves of factors
+                yield module.name, local(weight), expected, rounding * float((expected - local(base)).abs().max())
 
     def _rewritten(self) -> Iterator[Tensor]:
         return (parameter for parameter, state in self.state.items() if "base" in state)

@@ -215,7 +215,7 @@ class MoLFStep(MoLFUpdate):
             completed = [([name], total) for (name, _, _), total in zip(partial, sums, strict=True)]
             more, added = look_at(completed, limit, self._passes)
             seen, numbers = [*seen, *more], torch.cat([numbers, added.to(numbers)])
-        return check_gradients(seen, numbers, limit)
+        return check_gradients(seen, numbers, limit, self.config.step_in_backward)
 
     def _partial_factor(self, module: RoutedModule) -> int | None:
         """Which of A (0) and B (1) has a gradient that sums over processes; all hold that factor as a whole."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..optim.guards import NonFiniteError, NonFiniteGradientError, probes
+from ..optim.guards import NonFiniteError, NonFiniteGradientError, norms
 from ..optim.quantized import as_float
 from ..optim.sharding import local
 from .distributed import first_error
@@ -130,7 +130,7 @@ def check_step(model: nn.Module, losses: Sequence[Tensor], gradients: bool = Tru
         NonFiniteError: Naming the loss, else the first gradient.
     """
     graded = [(name, local(p.grad)) for name, p in model.named_parameters() if p.grad is not None and gradients]
-    found = [*losses, *probes([grad for _, grad in graded])]
+    found = [*losses, *norms([grad for _, grad in graded])]
     finite = torch.stack([x.detach().to(losses[0].device, torch.float32) for x in found]).isfinite().tolist()
     if all(finite):
         return
