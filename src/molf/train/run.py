@@ -298,7 +298,7 @@ def _fit(
             name = part or method.eval_dataset_path or method.dataset_path or task.name
             fit_examples([task.example(record) for record in records], tokenizer, context, name)
     context.shorten(args.max_length)
-    if args.packing and args.packing_strategy == "wrapped":  # whose rows have max_length tokens, whatever is in them
+    if args.packing_strategy == "wrapped" and (args.packing or args.eval_packing):  # rows are max_length tokens long
         args.max_length = context.length
     dataset = fit_examples(dataset, tokenizer, context, method.dataset_path or str(method.task))
     padding = tokenizer.convert_tokens_to_ids(args.pad_token or tokenizer.pad_token or tokenizer.eos_token)
