@@ -101,6 +101,37 @@ def test_a_run_with_other_data_or_arithmetic_is_not_continued(tmp_path: Path, wo
         check_same(tmp_path, runs[1])
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--eval_strategy epoch", "--eval_steps 3", "--eval_delay 1", "--metric_for_best_model score",
+        "--greater_is_better true", "--eval_examples 9", "--eval_dataset_path z", "--per_device_eval_batch_size 2",
+        "--eval_packing true", "--bf16_full_eval true", "--fp16_full_eval true",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("schedule", ["reduce_lr_on_plateau", "greedy", "linear"])
+def test_a_schedule_that_goes_by_evaluations_is_not_continued_with_others(
+    tmp_path: Path, schedule: str, words: str
+) -> None:
+    """They decide its learning rates; those of any other schedule go by the step alone."""
+    first = ["--model_name_or_path", "x", "--task", "world-fact", "--use_cpu", "true", "--lr_scheduler_type", schedule]
+    first += ["--eval_strategy", "steps", "--eval_steps", "2"]
+    if schedule != "linear":
+        first += ["--lr_scheduler_kwargs", '{"mode": "min"}']  # else that would follow greater_is_better
+    runs = []
+    for more in ("", words):
+        method, args = parse([*first, *more.split()])
+        runs.append(_resolved(method, args)[1])
+    (tmp_path / "run.json").write_text(json.dumps(runs[0], default=str))
+    check_same(tmp_path, runs[0])
+    if schedule == "linear":
+        check_same(tmp_path, runs[1])
+        return
+    name = words.split()[0].removeprefix("--")
+    with pytest.raises(ValueError, match=f"^{name} was .*, now it is .*: a resumed run continues exactly"):
+        check_same(tmp_path, runs[1])
+
+
 def test_compiling_that_fails_is_one_line(monkeypatch, capsys, tmp_path: Path) -> None:
     monkeypatch.setenv("CXX", "/no/such/c++")
     native._library.cache_clear()

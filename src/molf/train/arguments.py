@@ -18,7 +18,7 @@ from .load import check_revision
 from .methods import METHODS, resolve
 from .nonfinite import ON_NONFINITE
 from .quantize import PACKAGES
-from .resume import starts_anew
+from .resume import BY_METRIC, starts_anew
 
 _COMPILE: dict[str, bool | str] = {"auto": "auto", "true": True, "false": False}
 _NOT_SHARDED = ("dora", "pissa", "adalora")
@@ -354,5 +354,5 @@ class TrainArguments(SFTConfig):
         self.fsdp = self.fsdp_config = None  # the Trainer would have accelerate shard, after the optimizer is made
         super().__post_init__()
         this.fsdp, this.fsdp_config = fsdp, config
-        if self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy") and self.greater_is_better:
+        if self.lr_scheduler_type in BY_METRIC and self.greater_is_better:
             self.lr_scheduler_kwargs = {"mode": "max", **(this.lr_scheduler_kwargs or {})}  # their own default is "min"

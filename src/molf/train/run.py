@@ -42,7 +42,7 @@ from .load import hub_commit, load_model, load_tokenizer, naming, versions
 from .methods import METHODS, Adapted
 from .nonfinite import FiniteSteps, skipped_steps
 from .quantize import PACKAGES, keep_adapters_in_fp32, quantized
-from .resume import find_checkpoint, finished, is_over
+from .resume import BY_METRIC, find_checkpoint, finished, is_over
 from .sampling import SeededSampling
 from .sharded import ShardedCallback, ShardedTraining, shard
 from .verify import progress
@@ -78,6 +78,8 @@ def _train(
     dataset, scored = load_data(task, method)
     evaluated = evaluation_records(method, scored) if args.eval_strategy != "no" else []
     resolved["data"] = {"examples": digest(dataset)}
+    if args.lr_scheduler_type in BY_METRIC:
+        resolved["data"]["evaluated"] = digest(evaluated)
     where = args.resume_from_checkpoint, str(args.output_dir), resolved
     if (ended := from_first(lambda: finished(*where))) is not None:
         return ended
