@@ -17,6 +17,7 @@ from molf.train.run import _resolved
 
 FIRST = ["--model_name_or_path", "x", "--dataset_path", "y", "--use_cpu", "true"]
 STEP = {"compile": "false", "keep_base": "false", "moments_8bit": "true", "step_in_backward": "true"}
+INVERSE_SQRT = "--lr_scheduler_type inverse_sqrt --lr_scheduler_kwargs"
 ALONE = ["--max_grad_norm", "0"]
 SHARES = {"random": ["--random_shares", "1", "1"]}
 
@@ -70,6 +71,46 @@ def test_molf_e_that_trains_the_rest_keeps_a_base_and_moments() -> None:
 def test_what_needs_all_gradients_is_refused_with_steps_in_the_backward_pass(words: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse([*FIRST, "--step_in_backward", "true", *words])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--max_steps 0", "max_steps=0: must be at least 1"),
+        ("--max_steps -2", "max_steps=-2: must be at least 1"),
+        ("--pad_to_multiple_of 0", "pad_to_multiple_of=0: must be at least 1"),
+        ("--pad_to_multiple_of -8", "pad_to_multiple_of=-8: must be at least 1"),
+        ("--label_smoothing_factor 1", r"label_smoothing_factor=1\.0: must be 0 or more, and below 1"),
+        ("--label_smoothing_factor -0.1", r"label_smoothing_factor=-0\.1: must be 0 or more"),
+        ("--auto_find_batch_size true", "auto_find_batch_size=True: .* lower per_device_train_batch_size, --dry_run"),
+        ('--accelerator_config {"use_seedable_sampler":false}', "use_seedable_sampler=False: .*; leave it out"),
+        (
+            '--accelerator_config {"gradient_accumulation_kwargs":{"num_steps":4}}',
+            "num_steps=4: it would replace gradient_accumulation_steps; give that one",
+        ),
+        (f'{INVERSE_SQRT} {{"timescale":0}}', "lr_scheduler_kwargs={'timescale': 0} does not fit .*=inverse_sqrt"),
+        ("--save_steps 0", "save_steps=0: must be positive"),
+        ("--save_steps -3", "save_steps=-3.*: .* set save_strategy to no"),
+        ("--save_strategy best --metric_for_best_model loss", "save_strategy=best: .* set eval_strategy to steps or"),
+        ("--load_best_model_at_end true --save_strategy no", "load_best_model_at_end=True: .* set eval_strategy to"),
+    ],
+)
+def test_what_would_do_something_else_than_it_says_is_refused(words: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse([*FIRST, *words.split()])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--max_steps -1", "--pad_to_multiple_of 8", "--label_smoothing_factor 0.5", f'{INVERSE_SQRT} {{"timescale":1}}',
+        '--accelerator_config {"gradient_accumulation_kwargs":{"sync_each_batch":true}}',
+        "--save_steps 0.5", "--save_steps 0 --save_strategy epoch",
+        "--task world-fact --eval_strategy epoch --save_strategy best --load_best_model_at_end true",
+    ],
+)  # fmt: skip
+def test_what_is_next_to_it_is_taken(words: str) -> None:
+    parse([*FIRST, *words.split()])
 
 
 def test_a_word_for_compile_is_one_of_three() -> None:
