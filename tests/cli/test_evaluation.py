@@ -111,6 +111,24 @@ def test_schedules_by_a_metric_know_its_direction_and_its_name(tmp_path: Path, c
     assert "compute_metrics" not in error
 
 
+@pytest.mark.parametrize(("schedule", "status"), [("reduce_lr_on_plateau", 2), ("linear", 0)])
+def test_evaluated_records_that_decide_the_learning_rates_are_compared(
+    tmp_path: Path, capsys, schedule: str, status: int
+) -> None:
+    """Other ones of the same name, as of the training examples; where they decide nothing, they may change."""
+    data, other, out = tmp_path / "data.jsonl", tmp_path / "other.jsonl", tmp_path / "run"
+    rows = [json.dumps({"prompt": f"Ada Alder {verb} the", "completion": " drum"}) for verb in ("plays", "likes")]
+    data.write_text("\n".join(rows))
+    other.write_text(rows[0])
+    words = ["--dataset_path", str(data), "--eval_dataset_path", str(other), "--method", "lora", "--save_steps", "1"]
+    words += [*EVERY_TWO, "--lr_scheduler_type", schedule]
+    train(out, *words)
+    other.write_text(rows[1])
+    again = ["--output_dir", str(out), "--resume_from_checkpoint", "auto"]
+    assert main(["train", *COMMON, *words, *again]) == status
+    assert ("the evaluated records are not those of the run of" in capsys.readouterr().err) == (status == 2)
+
+
 @pytest.mark.parametrize("step", [4, 8])
 def test_a_run_that_was_moved_keeps_its_best_model(tmp_path: Path, step: int) -> None:
     """From a checkpoint in the middle, and from the last one; its best is the first, which save_total_limit keeps."""

@@ -142,6 +142,7 @@ def test_a_dry_run_makes_one_step(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     options = ["--model_name_or_path", str(BUNDLED_MODEL), "--task", "world-fact", "--max_examples", "40"]
     options += ["--gradient_accumulation_steps", "2", "--eval_strategy", "epoch", "--use_cpu", "true"]
+    options += ["--save_strategy", "epoch", "--load_best_model_at_end", "true"]
     assert main(["train", *options, "--expert_ranks", "2", "--dry_run", "true"]) == 0
     assert len(steps) == (1 if torch.cuda.is_available() else 2), "once to load the libraries' code, once to measure"
     assert re.search(r"a step of 8 x \d+ tokens took [\d.]+ MiB at its peak; the estimate is", capsys.readouterr().out)

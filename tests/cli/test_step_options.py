@@ -17,6 +17,7 @@ from molf.train.run import _resolved
 
 FIRST = ["--model_name_or_path", "x", "--dataset_path", "y", "--use_cpu", "true"]
 STEP = {"compile": "false", "keep_base": "false", "moments_8bit": "true", "step_in_backward": "true"}
+INVERSE_SQRT = "--lr_scheduler_type inverse_sqrt --lr_scheduler_kwargs"
 ALONE = ["--max_grad_norm", "0"]
 SHARES = {"random": ["--random_shares", "1", "1"]}
 
@@ -72,6 +73,46 @@ def test_what_needs_all_gradients_is_refused_with_steps_in_the_backward_pass(wor
         parse([*FIRST, "--step_in_backward", "true", *words])
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--max_steps 0", "max_steps=0: must be at least 1"),
+        ("--max_steps -2", "max_steps=-2: must be at least 1"),
+        ("--pad_to_multiple_of 0", "pad_to_multiple_of=0: must be at least 1"),
+        ("--pad_to_multiple_of -8", "pad_to_multiple_of=-8: must be at least 1"),
+        ("--label_smoothing_factor 1", r"label_smoothing_factor=1\.0: must be 0 or more, and below 1"),
+        ("--label_smoothing_factor -0.1", r"label_smoothing_factor=-0\.1: must be 0 or more"),
+        ("--auto_find_batch_size true", "auto_find_batch_size=True: .* lower per_device_train_batch_size, --dry_run"),
+        ('--accelerator_config {"use_seedable_sampler":false}', "use_seedable_sampler=False: .*; leave it out"),
+        (
+            '--accelerator_config {"gradient_accumulation_kwargs":{"num_steps":4}}',
+            "num_steps=4: it would replace gradient_accumulation_steps; give that one",
+        ),
+        (f'{INVERSE_SQRT} {{"timescale":0}}', "lr_scheduler_kwargs={'timescale': 0} does not fit .*=inverse_sqrt"),
+        ("--save_steps 0", "save_steps=0: must be positive"),
+        ("--save_steps -3", "save_steps=-3.*: .* set save_strategy to no"),
+        ("--save_strategy best --metric_for_best_model loss", "save_strategy=best: .* set eval_strategy to steps or"),
+        ("--load_best_model_at_end true --save_strategy no", "load_best_model_at_end=True: .* set eval_strategy to"),
+    ],
+)
+def test_what_would_do_something_else_than_it_says_is_refused(words: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse([*FIRST, *words.split()])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--max_steps -1", "--pad_to_multiple_of 8", "--label_smoothing_factor 0.5", f'{INVERSE_SQRT} {{"timescale":1}}',
+        '--accelerator_config {"gradient_accumulation_kwargs":{"sync_each_batch":true}}',
+        "--save_steps 0.5", "--save_steps 0 --save_strategy epoch",
+        "--task world-fact --eval_strategy epoch --save_strategy best --load_best_model_at_end true",
+    ],
+)  # fmt: skip
+def test_what_is_next_to_it_is_taken(words: str) -> None:
+    parse([*FIRST, *words.split()])
+
+
 def test_a_word_for_compile_is_one_of_three() -> None:
     with pytest.raises(ValueError, match="compile='maybe': choose one of auto, true, false"):
         parse([*FIRST, "--compile", "maybe"])
@@ -98,6 +139,37 @@ def test_a_run_with_other_data_or_arithmetic_is_not_continued(tmp_path: Path, wo
     (tmp_path / "run.json").write_text(json.dumps(runs[0], default=str))
     check_same(tmp_path, runs[0])
     with pytest.raises(ValueError, match=f"^{words[0][2:]} was .*, now it is .*: a resumed run continues exactly"):
+        check_same(tmp_path, runs[1])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--eval_strategy epoch", "--eval_steps 3", "--eval_delay 1", "--metric_for_best_model score",
+        "--greater_is_better true", "--eval_examples 9", "--eval_dataset_path z", "--per_device_eval_batch_size 2",
+        "--eval_packing true", "--bf16_full_eval true", "--fp16_full_eval true",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("schedule", ["reduce_lr_on_plateau", "greedy", "linear"])
+def test_a_schedule_that_goes_by_evaluations_is_not_continued_with_others(
+    tmp_path: Path, schedule: str, words: str
+) -> None:
+    """They decide its learning rates; those of any other schedule go by the step alone."""
+    first = ["--model_name_or_path", "x", "--task", "world-fact", "--use_cpu", "true", "--lr_scheduler_type", schedule]
+    first += ["--eval_strategy", "steps", "--eval_steps", "2"]
+    if schedule != "linear":
+        first += ["--lr_scheduler_kwargs", '{"mode": "min"}']  # else that would follow greater_is_better
+    runs = []
+    for more in ("", words):
+        method, args = parse([*first, *more.split()])
+        runs.append(_resolved(method, args)[1])
+    (tmp_path / "run.json").write_text(json.dumps(runs[0], default=str))
+    check_same(tmp_path, runs[0])
+    if schedule == "linear":
+        check_same(tmp_path, runs[1])
+        return
+    name = words.split()[0].removeprefix("--")
+    with pytest.raises(ValueError, match=f"^{name} was .*, now it is .*: a resumed run continues exactly"):
         check_same(tmp_path, runs[1])
 
 

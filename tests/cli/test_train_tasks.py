@@ -118,7 +118,8 @@ def test_what_is_refused(tmp_path, capsys) -> None:
     assert "openlifescienceai/medmcqa" in refused(capsys, out, "--task", "med")  # offline
 
 
-def test_wrapped_rows_are_no_longer_than_the_context(tmp_path) -> None:
+@pytest.mark.parametrize("packed", ["packing", "eval_packing"])
+def test_wrapped_rows_are_no_longer_than_the_context(tmp_path, packed: str) -> None:
     """1,024 tokens by default, of which the bundled model takes 256; a resumed run still compares what was given."""
     seen = []
 
@@ -126,7 +127,11 @@ def test_wrapped_rows_are_no_longer_than_the_context(tmp_path) -> None:
         def on_train_begin(self, *args: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
             seen.extend(batch["input_ids"].shape[1] for batch in train_dataloader)
 
-    words = ["--task", "world-fact", "--max_examples", "60", "--packing", "true", "--packing_strategy", "wrapped"]
+        def on_evaluate(self, *args: Any, eval_dataloader: Any = None, **kwargs: Any) -> None:
+            seen.extend(batch["input_ids"].shape[1] for batch in eval_dataloader)
+
+    words = ["--task", "world-fact", "--max_examples", "60", f"--{packed}", "true", "--packing_strategy", "wrapped"]
+    words += ["--eval_strategy", "epoch"]
     out = tmp_path / "run"
     words = [*command(out, *words)[1:], "--save_strategy", "epoch", "--eval_at_end", "false"]
     train(*parse(words), [Look()])

@@ -9,7 +9,7 @@ import torch
 from trl import SFTTrainer
 
 from molf.tasks import TASKS, get_task
-from molf.tasks.prompts import Context, tokenize_pair
+from molf.tasks.prompts import Context, appends_eos, tokenize_pair
 from molf.train.arguments import TrainArguments
 from molf.train.data import fit_examples
 from toy_tokenizers import FAMILIES, TOKENIZERS, model_for, tokenizer_of
@@ -98,7 +98,7 @@ def test_the_evaluated_prompt_is_the_trained_one(tmp_path: Path, name: str, fami
 
 @pytest.mark.parametrize("family", TOKENIZERS)
 def test_examples_given_as_tokens_are_those_of_sft_trainer(tmp_path: Path, family: str) -> None:
-    """Only where one is too long are examples tokenised here; the others must come out the same."""
+    """Only where one is too long, or all would get a second EOS, are they tokenised here: they come out the same."""
     from datasets import Dataset
 
     task = get_task("world-mcq")
@@ -124,7 +124,8 @@ def test_examples_given_as_tokens_are_those_of_sft_trainer(tmp_path: Path, famil
         ValueError, match=rf"data, record \d \({context.truncated} of 6 are too long\): .* set long_prompts"
     ):
         fit_examples(examples, tokenizer, Context(limit, None, "refuse"), "data")
-    assert fit_examples(examples, tokenizer, Context(max(lengths) + 9), "data") is examples
+    if family != "appends-eos":
+        assert fit_examples(examples, tokenizer, Context(max(lengths) + 9), "data") is examples
 
 
 def test_a_completion_that_ends_in_eos_gets_no_other(tmp_path: Path) -> None:
@@ -135,3 +136,25 @@ def test_a_completion_that_ends_in_eos_gets_no_other(tmp_path: Path) -> None:
     rows = fit_examples([ended, {**ended, "prompt": "Ada " * 99}], tokenizer, Context(40), "data")
     assert rows[0]["input_ids"] == pairs[0][0] + pairs[0][1]
     assert rows[0]["input_ids"].count(tokenizer.eos_token_id) == 1
+
+
+def test_a_tokenizer_that_appends_eos_adds_none_whatever_else_is_trained(tmp_path: Path) -> None:
+    """All records ended in two, unless one of them was too long; and a record that just fits was cut."""
+    tokenizer = tokenizer_of("appends-eos")
+    row, long = {"prompt": "Ada plays the", "completion": " drum"}, {"prompt": "Ada " * 99, "completion": " drum"}
+    alone = fit_examples([row], tokenizer, Context(None), "data")
+    length = len(alone[0]["input_ids"])
+    ((prompt, completion),) = trained(alone, tokenizer, model_for(tokenizer), tmp_path)
+    assert prompt + completion == alone[0]["input_ids"]
+    assert completion.count(tokenizer.eos_token_id) == 1
+    context = Context(length, tokenizer.bos_token_id)
+    assert fit_examples([row, long], tokenizer, context, "data")[0] == alone[0]
+    assert context.truncated == 1, "the long one alone"
+    fit_examples([row], tokenizer, Context(length, None, "refuse"), "data")
+
+
+def test_a_bos_that_is_the_eos_is_not_taken_for_an_appended_one() -> None:
+    tokenizer = tokenizer_of("llama")
+    tokenizer.eos_token = tokenizer.bos_token
+    assert not appends_eos(tokenizer)
+    assert appends_eos(tokenizer_of("appends-eos"))

@@ -9,6 +9,12 @@ from typing import Any
 LONG_PROMPTS = ("truncate", "refuse")
 
 
+def appends_eos(tokenizer: Any) -> bool:
+    """Whether the tokenizer puts an EOS behind every text."""
+    ids: list[int] = tokenizer("a").input_ids  # of no text, a BOS that is the same token would be the last
+    return ids[-1:] == [tokenizer.eos_token_id]
+
+
 def prompt_tokens(tokenizer: Any, prompt: str) -> list[int]:
     """Token ids of a prompt as SFTTrainer trains it: special tokens included, but no EOS behind it.
 

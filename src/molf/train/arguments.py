@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -18,12 +19,27 @@ from .load import check_revision
 from .methods import METHODS, resolve
 from .nonfinite import ON_NONFINITE
 from .quantize import PACKAGES
-from .resume import starts_anew
+from .resume import BY_METRIC, starts_anew
 
 _COMPILE: dict[str, bool | str] = {"auto": "auto", "true": True, "false": False}
 _NOT_SHARDED = ("dora", "pissa", "adalora")
 _IN_BACKWARD = {"gradient_accumulation_steps": 1, "max_grad_norm": 0, "fp16": False, "on_nonfinite": "stop"}
 """With step_in_backward: a step is made before another batch, all gradients or a loss scaler are there."""
+_ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "per_device_train_batch_size": (lambda size: size >= 1, "must be at least 1"),
+    "gradient_accumulation_steps": (lambda steps: steps >= 1, "must be at least 1"),
+    "max_steps": (lambda steps: steps == -1 or steps >= 1, "must be at least 1; num_train_epochs counts without it"),
+    "auto_find_batch_size": (
+        lambda wanted: not wanted,
+        "it would start again with the weights and moments that are trained by then; leave it out and lower "
+        "per_device_train_batch_size, --dry_run true shows the memory",
+    ),
+    "nonfinite_limit": (lambda limit: limit >= 1, "must be at least 1; to skip none, use stop"),
+    "neftune_noise_alpha": (lambda alpha: alpha is None or 0 <= alpha < math.inf, "must be 0 or more, and finite"),
+    "label_smoothing_factor": (lambda factor: 0 <= factor < 1, "must be 0 or more, and below 1"),
+    "pad_to_multiple_of": (lambda size: size is None or size >= 1, "must be at least 1; without it nothing is rounded"),
+}
+"""Options of SFTConfig and TrainArguments that are wrong whatever the others are: what is allowed, and the remedy."""
 
 
 def _help(text: str, default: Any = None) -> Any:
@@ -209,9 +225,9 @@ class MethodArguments:
                 else f"eval_dataset_path={self.eval_dataset_path}: only a task is scored; name one, or set "
                 "eval_strategy for the evaluation loss"
             )
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-            if getattr(args, name) < 1:
-                raise ValueError(f"{name}={getattr(args, name)}: must be at least 1")
+        for name, (allowed, remedy) in _ALLOWED.items():
+            if not allowed(getattr(args, name)):
+                raise ValueError(f"{name}={getattr(args, name)}: {remedy}")
         if self.step_in_backward and args.world_size > 1:
             raise ValueError(
                 f"step_in_backward=True with {args.world_size} processes: a layer would be stepped before its gradient "
@@ -225,16 +241,14 @@ class MethodArguments:
                 )
         if args.on_nonfinite not in ON_NONFINITE:
             raise ValueError(f"on_nonfinite={args.on_nonfinite!r}: choose one of {', '.join(ON_NONFINITE)}")
-        if args.nonfinite_limit < 1:
-            raise ValueError(f"nonfinite_limit={args.nonfinite_limit}: must be at least 1; to skip none, use stop")
         if not 0 < args.num_train_epochs < math.inf and args.max_steps <= 0:
             raise ValueError(f"num_train_epochs={args.num_train_epochs}: must be positive and finite")
-        if args.neftune_noise_alpha is not None and not 0 <= args.neftune_noise_alpha < math.inf:
-            raise ValueError(f"neftune_noise_alpha={args.neftune_noise_alpha}: must be 0 or more, and finite")
         if args.fp16 and args.device.type == "cpu":
             raise ValueError("fp16=True: a CPU would train in fp32 all the same; use bf16, or leave it out")
         if args.activation_offloading and not torch.accelerator.is_available():
             raise ValueError("activation_offloading=True: there is no accelerator to offload from; leave it out")
+        _check_accelerator(args.accelerator_config)
+        _check_checkpoints(args)
         _check_schedule(args)
 
     def molf_config(self, args: SFTConfig) -> MoLFConfig:
@@ -288,12 +302,42 @@ def _check_adalora(args: TrainArguments) -> None:
         )
 
 
+def _check_accelerator(config: Any) -> None:
+    """What accelerate would do behind the options that a resume compares."""
+    if not config.use_seedable_sampler:
+        raise ValueError(
+            "accelerator_config use_seedable_sampler=False: the order of the data would not go by seed and epoch, and "
+            "no resume would be exact; leave it out"
+        )
+    steps = (config.gradient_accumulation_kwargs or {}).get("num_steps", 1)
+    if steps != 1:
+        raise ValueError(
+            f"accelerator_config gradient_accumulation_kwargs num_steps={steps}: it would replace "
+            "gradient_accumulation_steps; give that one"
+        )
+
+
+def _check_checkpoints(args: TrainArguments) -> None:
+    """Whether a checkpoint that is asked for is ever written."""
+    if args.save_strategy == "steps" and not args.save_steps > 0:
+        raise ValueError(
+            f"save_steps={args.save_steps:g}: must be positive, below 1 a share of all steps; to save no checkpoint, "
+            "set save_strategy to no"
+        )
+    for name, value in (("save_strategy", "best"), ("load_best_model_at_end", True)):
+        if args.eval_strategy == "no" and getattr(args, name) == value:
+            raise ValueError(
+                f"{name}={value}: without evaluations no checkpoint is the best; set eval_strategy to steps or epoch, "
+                f"or leave {name} out"
+            )
+
+
 def _check_schedule(args: SFTConfig) -> None:
     """Whether the schedule takes its settings; their values are looked at when the number of steps is known."""
     try:
         probe = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
         get_scheduler(args.lr_scheduler_type, probe, 0, 1, args.lr_scheduler_kwargs)
-    except TypeError as error:
+    except (TypeError, ArithmeticError) as error:
         raise ValueError(
             f"lr_scheduler_kwargs={args.lr_scheduler_kwargs} does not fit lr_scheduler_type="
             f"{args.lr_scheduler_type.value}: {error}"
@@ -354,5 +398,5 @@ class TrainArguments(SFTConfig):
         self.fsdp = self.fsdp_config = None  # the Trainer would have accelerate shard, after the optimizer is made
         super().__post_init__()
         this.fsdp, this.fsdp_config = fsdp, config
-        if self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy") and self.greater_is_better:
+        if self.lr_scheduler_type in BY_METRIC and self.greater_is_better:
             self.lr_scheduler_kwargs = {"mode": "max", **(this.lr_scheduler_kwargs or {})}  # their own default is "min"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..tasks import Task
-from ..tasks.prompts import Context, tokenize_pair
+from ..tasks.prompts import Context, appends_eos, tokenize_pair
 from ..tasks.records import read_text
 from .evaluation import few
 from .files import of_option
@@ -123,7 +124,8 @@ def fit_examples(dataset: Any, tokenizer: Any, context: Context, name: str) -> A
     """The dataset, its prompts cut to the context or refused where prompt, completion and EOS exceed it.
 
     SFTTrainer would cut the completion off and then leave the example out. Where every example fits, the dataset
-    is returned as it is; else as a Dataset of tokens, which SFTTrainer takes as they are.
+    is returned as it is; else, and where the tokenizer appends an EOS to the one that SFTTrainer adds, as a Dataset of
+    tokens, which SFTTrainer takes as they are.
 
     Args:
         dataset: Rows with prompt and completion.
@@ -139,10 +141,10 @@ def fit_examples(dataset: Any, tokenizer: Any, context: Context, name: str) -> A
 
     eos = tokenizer.eos_token
     pairs = [(row["prompt"], row["completion"].removesuffix(eos) + eos) for row in dataset]  # as TRL: one, not two
-    limit = context.length
+    limit = math.inf if context.length is None else context.length
     batch = tokenizer([prompt + completion for prompt, completion in pairs]).input_ids
     context.check(tokenizer, batch)
-    if limit is None or max(map(len, batch)) <= limit:
+    if max(map(len, batch)) <= limit and not appends_eos(tokenizer):
         return dataset
     tokens = [tokenize_pair(tokenizer, prompt, completion) for prompt, completion in pairs]
     rows = []

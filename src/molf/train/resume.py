@@ -32,6 +32,15 @@ _OF_METHOD = (
     "test_size split_seed long_prompts"
 ).split()
 
+BY_METRIC = ("reduce_lr_on_plateau", "greedy")
+"""Schedules whose learning rates go by evaluations, so that these decide, too."""
+_EVALUATION = (
+    "eval_strategy eval_steps eval_delay metric_for_best_model greater_is_better per_device_eval_batch_size "
+    "eval_packing bf16_full_eval fp16_full_eval"
+).split()
+_EVALUATED = ("eval_examples", "eval_dataset_path")
+_DATA = {"examples": "training examples", "evaluated": "evaluated records"}
+
 
 def starts_anew(wanted: str | None) -> bool:
     """Whether ``--resume_from_checkpoint`` asks for no checkpoint."""
@@ -140,6 +149,8 @@ def check_same(run: Path, resolved: dict[str, Any]) -> None:
     saved, now = read_json(record), json.loads(json.dumps(resolved, default=str))
     parts = {"training": _DECISIVE, "molf": now["molf"], "method": _OF_METHOD}
     pairs = [(key, part) for part, keys in parts.items() for key in keys]
+    if now["training"]["lr_scheduler_type"] in BY_METRIC:
+        pairs += [*((key, "training") for key in _EVALUATION), *((key, "method") for key in _EVALUATED)]
     if saved.get("processes", 1) != now["processes"]:
         _check_same_batch(saved, now, run)
         pairs = [(key, part) for key, part in pairs if key not in _BATCH]
@@ -150,11 +161,12 @@ def check_same(run: Path, resolved: dict[str, Any]) -> None:
                 f"{key} was {old} in the run of {run}, now it is {new}: a resumed run continues exactly, so keep the "
                 "options or start a new run in another output_dir"
             )
-    if "data" in saved and saved["data"] != now.get("data"):
-        raise ValueError(
-            f"the training examples are not those of the run of {run}, though of the same name: a resumed run "
-            "continues exactly, so restore the data or start a new run in another output_dir"
-        )
+    for key, what in _DATA.items():
+        if key in saved.get("data", {}) and saved["data"][key] != now.get("data", {}).get(key):
+            raise ValueError(
+                f"the {what} are not those of the run of {run}, though of the same name: a resumed run continues "
+                "exactly, so restore the data or start a new run in another output_dir"
+            )
 
 
 def _check_same_batch(saved: dict[str, Any], now: dict[str, Any], run: Path) -> None:

@@ -42,7 +42,7 @@ from .load import hub_commit, load_model, load_tokenizer, naming, versions
 from .methods import METHODS, Adapted
 from .nonfinite import FiniteSteps, skipped_steps
 from .quantize import PACKAGES, keep_adapters_in_fp32, quantized
-from .resume import find_checkpoint, finished, is_over
+from .resume import BY_METRIC, find_checkpoint, finished, is_over
 from .sampling import SeededSampling
 from .sharded import ShardedCallback, ShardedTraining, shard
 from .verify import progress
@@ -78,6 +78,8 @@ def _train(
     dataset, scored = load_data(task, method)
     evaluated = evaluation_records(method, scored) if args.eval_strategy != "no" else []
     resolved["data"] = {"examples": digest(dataset)}
+    if args.lr_scheduler_type in BY_METRIC:
+        resolved["data"]["evaluated"] = digest(evaluated)
     where = args.resume_from_checkpoint, str(args.output_dir), resolved
     if (ended := from_first(lambda: finished(*where))) is not None:
         return ended
@@ -298,7 +300,7 @@ def _fit(
             name = part or method.eval_dataset_path or method.dataset_path or task.name
             fit_examples([task.example(record) for record in records], tokenizer, context, name)
     context.shorten(args.max_length)
-    if args.packing and args.packing_strategy == "wrapped":  # whose rows have max_length tokens, whatever is in them
+    if args.packing_strategy == "wrapped" and (args.packing or args.eval_packing):  # rows are max_length tokens long
         args.max_length = context.length
     dataset = fit_examples(dataset, tokenizer, context, method.dataset_path or str(method.task))
     padding = tokenizer.convert_tokens_to_ids(args.pad_token or tokenizer.pad_token or tokenizer.eos_token)
