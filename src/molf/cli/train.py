@@ -15,6 +15,7 @@ from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 from trl import TrlParser
 
 from ..train.arguments import MethodArguments, TrainArguments
+from ..train.checks import check_training
 from ..train.dry_run import compared, dry_run
 from ..train.run import train
 from .parser import read_settings
@@ -94,7 +95,7 @@ def parse(argv: Sequence[str], kind: type[MethodArguments] = MethodArguments) ->
         method, args = parser.parse_args_and_config(words)
     except (TypeError, OverflowError) as error:  # a number that is infinite or too large
         raise ValueError(f"an option has a value of the wrong type or size: {error}") from error
-    method.check_training(args)
+    check_training(method, args)
     method.molf_config(args)
     return method, args
 

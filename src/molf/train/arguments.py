@@ -3,43 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
-from transformers import get_scheduler
 from trl import SFTConfig
 
 from ..optim import MoLFConfig
 from ..tasks import TASKS
 from ..tasks.prompts import LONG_PROMPTS
-from .distributed import FSDP_CONFIG, check_fsdp, check_launch, refuse_engines
-from .load import check_revision
+from .distributed import FSDP_CONFIG, check_fsdp, refuse_engines
 from .methods import METHODS, resolve
-from .nonfinite import ON_NONFINITE
 from .quantize import PACKAGES
-from .resume import BY_METRIC, starts_anew
+from .resume import BY_METRIC
 
 _COMPILE: dict[str, bool | str] = {"auto": "auto", "true": True, "false": False}
-_NOT_SHARDED = ("dora", "pissa", "adalora")
-_IN_BACKWARD = {"gradient_accumulation_steps": 1, "max_grad_norm": 0, "fp16": False, "on_nonfinite": "stop"}
-"""With step_in_backward: a step is made before another batch, all gradients or a loss scaler are there."""
-_ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "per_device_train_batch_size": (lambda size: size >= 1, "must be at least 1"),
-    "gradient_accumulation_steps": (lambda steps: steps >= 1, "must be at least 1"),
-    "max_steps": (lambda steps: steps == -1 or steps >= 1, "must be at least 1; num_train_epochs counts without it"),
-    "auto_find_batch_size": (
-        lambda wanted: not wanted,
-        "it would start again with the weights and moments that are trained by then; leave it out and lower "
-        "per_device_train_batch_size, --dry_run true shows the memory",
-    ),
-    "nonfinite_limit": (lambda limit: limit >= 1, "must be at least 1; to skip none, use stop"),
-    "neftune_noise_alpha": (lambda alpha: alpha is None or 0 <= alpha < math.inf, "must be 0 or more, and finite"),
-    "label_smoothing_factor": (lambda factor: 0 <= factor < 1, "must be 0 or more, and below 1"),
-    "pad_to_multiple_of": (lambda size: size is None or size >= 1, "must be at least 1; without it nothing is rounded"),
-}
-"""Options of SFTConfig and TrainArguments that are wrong whatever the others are: what is allowed, and the remedy."""
 
 
 def _help(text: str, default: Any = None) -> Any:
@@ -189,68 +167,6 @@ class MethodArguments:
                     f"{option.name}={value}: {self.method} does not use it; leave it out or choose {remedy}"
                 )
 
-    def check_training(self, args: TrainArguments) -> None:
-        """What the method and the training arguments must agree on.
-
-        Raises:
-            ValueError: Naming the argument, its value and the remedy.
-        """
-        spec = METHODS[self.method]
-        check_launch(args)
-        check_revision(self.model_name_or_path, self.model_revision)
-        if args.fsdp and (self.quantization != "none" or self.method in _NOT_SHARDED):
-            what = self.method if self.quantization == "none" else f"quantization={self.quantization}"
-            raise ValueError(f"fsdp=true: {what} needs whole weights to start from; use DDP, which is fsdp=false")
-        if args.fsdp and args.fp16:
-            raise ValueError("fp16=True: its loss scaler does not see the gradients of other processes; use bf16")
-        if self.dry_run and args.world_size > 1:
-            raise ValueError(
-                f"dry_run=True with {args.world_size} processes: it weighs one; start it without a launcher"
-            )
-        if spec.routes and args.optim != TrainArguments.optim:
-            raise ValueError(f"optim={args.optim}: {self.method} is the optimizer; leave the option out")
-        for name in ("model_init_kwargs", *(("optim_args", "optim_target_modules") if spec.routes else ())):
-            if getattr(args, name):
-                raise ValueError(f"{name}={getattr(args, name)}: {self.method} does not use it; leave it out")
-        if spec.adapter and not (spec.routes and self.train_other) and args.weight_decay != TrainArguments.weight_decay:
-            raise ValueError(f"weight_decay={args.weight_decay}: {self.method} takes lora_weight_decay")
-        if self.method == "adalora":
-            _check_adalora(args)
-        evaluates = args.eval_strategy != "no"
-        if self.task is None and bool(self.eval_dataset_path) != evaluates:
-            raise ValueError(
-                f"eval_strategy={args.eval_strategy.value}: without a task there is nothing to evaluate; name one, or "
-                "an eval_dataset_path of prompt/completion JSON lines"
-                if evaluates
-                else f"eval_dataset_path={self.eval_dataset_path}: only a task is scored; name one, or set "
-                "eval_strategy for the evaluation loss"
-            )
-        for name, (allowed, remedy) in _ALLOWED.items():
-            if not allowed(getattr(args, name)):
-                raise ValueError(f"{name}={getattr(args, name)}: {remedy}")
-        if self.step_in_backward and args.world_size > 1:
-            raise ValueError(
-                f"step_in_backward=True with {args.world_size} processes: a layer would be stepped before its gradient "
-                "is averaged over them; leave it out"
-            )
-        for name, value in _IN_BACKWARD.items() if self.step_in_backward else ():
-            if getattr(args, name) != value:
-                raise ValueError(
-                    f"{name}={getattr(args, name)}: with step_in_backward every layer is updated before all gradients "
-                    f"are there; set it to {value}, or leave step_in_backward out"
-                )
-        if args.on_nonfinite not in ON_NONFINITE:
-            raise ValueError(f"on_nonfinite={args.on_nonfinite!r}: choose one of {', '.join(ON_NONFINITE)}")
-        if not 0 < args.num_train_epochs < math.inf and args.max_steps <= 0:
-            raise ValueError(f"num_train_epochs={args.num_train_epochs}: must be positive and finite")
-        if args.fp16 and args.device.type == "cpu":
-            raise ValueError("fp16=True: a CPU would train in fp32 all the same; use bf16, or leave it out")
-        if args.activation_offloading and not torch.accelerator.is_available():
-            raise ValueError("activation_offloading=True: there is no accelerator to offload from; leave it out")
-        _check_accelerator(args.accelerator_config)
-        _check_checkpoints(args)
-        _check_schedule(args)
-
     def molf_config(self, args: SFTConfig) -> MoLFConfig:
         """The experts of the method, with the learning rate, decay, betas and clipping of ``args``."""
         alphas: float | tuple[float, ...] | None = tuple(self.lora_alpha) or None
@@ -285,65 +201,6 @@ class MethodArguments:
             check_ranks_every=self.check_ranks_every,
         )
         return resolve(self.method, config)
-
-
-def _check_adalora(args: TrainArguments) -> None:
-    """What its ranks, which go by every step's gradients, do not take."""
-    if not starts_anew(args.resume_from_checkpoint):
-        raise ValueError(
-            f"resume_from_checkpoint={args.resume_from_checkpoint}: adalora's importance scores are in no "
-            "checkpoint, so it cannot continue exactly; start a new run in another output_dir"
-        )
-    if args.on_nonfinite == "skip":
-        raise ValueError("on_nonfinite=skip: adalora scores its ranks by the gradients of every step; use stop")
-    if args.load_best_model_at_end:
-        raise ValueError(
-            "load_best_model_at_end=True: adalora's last ranks are not those of the best checkpoint; leave it out"
-        )
-
-
-def _check_accelerator(config: Any) -> None:
-    """What accelerate would do behind the options that a resume compares."""
-    if not config.use_seedable_sampler:
-        raise ValueError(
-            "accelerator_config use_seedable_sampler=False: the order of the data would not go by seed and epoch, and "
-            "no resume would be exact; leave it out"
-        )
-    steps = (config.gradient_accumulation_kwargs or {}).get("num_steps", 1)
-    if steps != 1:
-        raise ValueError(
-            f"accelerator_config gradient_accumulation_kwargs num_steps={steps}: it would replace "
-            "gradient_accumulation_steps; give that one"
-        )
-
-
-def _check_checkpoints(args: TrainArguments) -> None:
-    """Whether a checkpoint that is asked for is ever written."""
-    if args.save_strategy == "steps" and not args.save_steps > 0:
-        raise ValueError(
-            f"save_steps={args.save_steps:g}: must be positive, below 1 a share of all steps; to save no checkpoint, "
-            "set save_strategy to no"
-        )
-    for name, value in (("save_strategy", "best"), ("load_best_model_at_end", True)):
-        if args.eval_strategy == "no" and getattr(args, name) == value:
-            raise ValueError(
-                f"{name}={value}: without evaluations no checkpoint is the best; set eval_strategy to steps or epoch, "
-                f"or leave {name} out"
-            )
-
-
-def _check_schedule(args: SFTConfig) -> None:
-    """Whether the schedule takes its settings; their values are looked at when the number of steps is known."""
-    try:
-        probe = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
-        get_scheduler(args.lr_scheduler_type, probe, 0, 1, args.lr_scheduler_kwargs)
-    except (TypeError, ArithmeticError) as error:
-        raise ValueError(
-            f"lr_scheduler_kwargs={args.lr_scheduler_kwargs} does not fit lr_scheduler_type="
-            f"{args.lr_scheduler_type.value}: {error}"
-        ) from error
-    except ValueError:
-        pass
 
 
 def _pattern(values: list[str]) -> str | list[str] | None:

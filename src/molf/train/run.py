@@ -33,6 +33,7 @@ from .adalora import AdaLoraCallback, AdaLoraTrainer
 from .arguments import MethodArguments, TrainArguments
 from .callbacks import PlanCallback, RoutingCallback, SpeedCallback, before_loggers
 from .checkpoints import WholeCheckpoints, writing
+from .checks import check_training
 from .data import evaluation_records, fit_examples, load_data
 from .distributed import check_alike, digest, from_first, is_sharded
 from .errors import of_the_machine
@@ -154,7 +155,7 @@ def _expert_shares(out: Path, config: MoLFConfig) -> dict[str, float]:
 
 def _resolved(method: MethodArguments, args: TrainArguments) -> tuple[MoLFConfig, dict[str, Any]]:
     """The experts, and all of ``run.json``; ``args`` gets the rate, decay and clipping that its AdamW is to have."""
-    method.check_training(args)
+    check_training(method, args)
     config = method.molf_config(args)
     if METHODS[method.method].routes:
         args.max_grad_norm = 0.0  # the optimizer clips, because only it knows the virtual gradients
