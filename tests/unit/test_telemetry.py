@@ -19,6 +19,7 @@ from models import causal_lm, lm_step, tokens
 from molf import MoLFConfig, MoLFOptimizerFactory, create_molf_optimizer, read_routing
 from molf.assets import BUNDLED_MODEL
 from molf.train.callbacks import RoutingCallback, SpeedCallback, before_loggers
+from molf.train.run import _PeakMemory
 from molf.train.telemetry import LostUpdates, RoutingMetrics
 
 
@@ -314,3 +315,16 @@ def test_nothing_phones_home(tmp_path: Path) -> None:
     done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines()[-1] == "tried: []"
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or not os.path.exists("/proc/self/statm"), reason="no resident memory")
+def test_pages_of_files_are_no_memory_of_a_run(tmp_path) -> None:
+    """Weights that are mapped, as of a quantised base, stay in memory for as long as nothing else needs it."""
+    size = 2**26
+    (tmp_path / "weights").write_bytes(bytes(size))
+    memory = _PeakMemory()
+    mapped = torch.from_file(str(tmp_path / "weights"), size=size, dtype=torch.uint8)
+    assert not mapped.any()
+    assert memory.mib() < size / 2**21
+    held = torch.ones(size, dtype=torch.uint8)
+    assert memory.mib() > 0.9 * len(held) / 2**20

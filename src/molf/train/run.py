@@ -330,7 +330,10 @@ def _examples(
 
 
 class _PeakMemory:
-    """Peak memory since it was made, MiB: of the device where there is one, else the process's resident growth."""
+    """Peak memory since it was made, MiB: of the device where there is one, else the process's resident growth.
+
+    Without pages of files, such as those of weights that are mapped: the system takes them back when it needs them.
+    """
 
     def __init__(self) -> None:
         if torch.cuda.is_available():
@@ -338,8 +341,8 @@ class _PeakMemory:
         elif os.path.exists("/proc/self/clear_refs"):
             with contextlib.suppress(PermissionError):  # a read-only /proc: the peak may then be an earlier one
                 Path("/proc/self/clear_refs").write_text("5")  # what came before the model is none of its peak
-        pages = int(Path("/proc/self/statm").read_text().split()[1]) if os.path.exists("/proc/self/statm") else 0
-        self.before = pages * resource.getpagesize() / 2**20
+        resident, mapped = _resident()
+        self.before = resident - mapped
 
     def mib(self) -> float:
         if torch.cuda.is_available():
@@ -347,4 +350,11 @@ class _PeakMemory:
         status = Path("/proc/self/status").read_text() if os.path.exists("/proc/self/status") else ""
         found = re.search(r"VmHWM:\s+(\d+) kB", status)
         peak = int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak / 2**10 - self.before
+        return peak / 2**10 - _resident()[1] - self.before
+
+
+def _resident() -> tuple[float, float]:
+    """What of the process is in memory now, and what of that are pages of files, MiB; 0 where there is no /proc."""
+    pages = Path("/proc/self/statm").read_text().split()[1:3] if os.path.exists("/proc/self/statm") else (0, 0)
+    resident, mapped = (int(count) * resource.getpagesize() / 2**20 for count in pages)
+    return resident, mapped
