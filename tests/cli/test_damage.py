@@ -292,8 +292,10 @@ def test_a_run_that_was_started_again_has_no_result_until_it_ends(tmp_path, trai
     assert json.loads((out / "metrics.json").read_text())["steps"] == 2
 
 
-def test_a_checkpoint_of_another_folder_is_continued_in_one_that_holds_no_run(tmp_path, trained, facts, capsys) -> None:
-    """With the routing that led to it; a folder that holds another run would have a mix of both."""
+def test_a_checkpoint_of_another_folder_is_continued_in_one_that_holds_no_run(
+    tmp_path, trained, facts, capsys, monkeypatch
+) -> None:
+    """With all of the routing that led to it; a folder that holds another run would have a mix of both."""
     whole, out = trained("molf"), tmp_path / "run"
     resume = ["--resume_from_checkpoint", str(whole / "checkpoint-1")]
     used = tmp_path / "used"
@@ -301,6 +303,14 @@ def test_a_checkpoint_of_another_folder_is_continued_in_one_that_holds_no_run(tm
     assert "expert_ranks was [] in the run of" in fails(capsys, command(facts, used, *resume))
     (used / "run.json").unlink()
     assert "used holds config.json of an earlier run" in fails(capsys, command(facts, used, *resume))
+
+    def interrupted(source: Path, target: Path) -> None:
+        target.write_bytes(source.read_bytes()[:100])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("shutil.copy", interrupted)
+        assert main(command(facts, out, *resume)) == 130
     assert main(command(facts, out, *resume)) == 0
     assert_identical(*(load_file(run / "model.safetensors") for run in (out, whole)))
     assert (out / "routing.jsonl").read_text() == (whole / "routing.jsonl").read_text()

@@ -11,7 +11,6 @@ import contextlib
 import os
 import re
 import resource
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -37,7 +36,7 @@ from .data import evaluation_records, fit_examples, load_data
 from .distributed import check_alike, digest, from_first, is_sharded
 from .errors import of_the_machine
 from .evaluation import ScoredEvaluation
-from .files import claim, of_option, sync, write_json
+from .files import claim, copy_whole, of_option, sync, write_json
 from .load import hub_commit, load_model, load_tokenizer, naming, versions
 from .methods import METHODS, Adapted
 from .nonfinite import FiniteSteps, skipped_steps
@@ -141,8 +140,7 @@ def _train(
 def _take_log(source: Path, target: Path) -> None:
     """The routing that led to a checkpoint of another folder; what came after it is dropped when the log goes on."""
     if source.is_file() and not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(source, target)
+        copy_whole(source, target)
 
 
 def _expert_shares(out: Path, config: MoLFConfig) -> dict[str, float]:
