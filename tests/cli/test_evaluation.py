@@ -71,11 +71,13 @@ def test_every_generator_is_put_back() -> None:
 def test_a_resumed_run_has_every_point_once(tmp_path: Path) -> None:
     out = tmp_path / "run"
     options = [*TASK, "--method", "molf", "--expert_ranks", "2", "--save_strategy", "steps", "--save_steps", "1"]
-    options += [*EVERY_TWO, "--eval_examples", "8"]
+    options += [*EVERY_TWO, "--eval_examples", "8", "--eval_on_start", "true"]
     whole = train(out, *options)
+    assert points(whole, "step", "eval_loss")[0][0] == 0
     for step in (3, 4):  # between evaluations, and at one
         again = train(out, *options, "--resume_from_checkpoint", str(out / f"checkpoint-{step}"))
         assert points(again, "step", "eval_loss", "eval_score") == points(whole, "step", "eval_loss", "eval_score")
+        assert points(again, "step", "molf/switch_rate") == points(whole, "step", "molf/switch_rate")
         seconds = [seconds for _, seconds in points(again, "step", "seconds")]
         assert seconds == sorted(seconds)
 

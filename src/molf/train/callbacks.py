@@ -12,6 +12,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from ..optim import MoLFAdamW, RoutingRecorder
+from ..optim.routing import stream_routing
 from .files import write_json
 from .telemetry import LostUpdates, RoutingMetrics
 
@@ -61,6 +62,9 @@ class RoutingCallback(TrainerCallback):
             self.recorder = RoutingRecorder(optimizer, self.path)
             own = self.recorder.optimizer
             self._metrics = RoutingMetrics(own.routed_modules, own.experts, own.config.top_k)
+            if state.global_step and self.path.exists():
+                records, taken = stream_routing(self.path)[1], own.steps_taken
+                self._metrics.follow(record for record in records if record["step"] <= taken)
             self._lost = LostUpdates(own)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

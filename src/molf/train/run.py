@@ -81,6 +81,7 @@ def _train(
     if (ended := from_first(lambda: finished(*where))) is not None:
         return ended
     checkpoint = from_first(lambda: find_checkpoint(*where))
+    args.eval_on_start = args.eval_on_start and checkpoint is None  # a run starts once
     set_seed(args.seed)
     tokenizer = load_training_tokenizer(method, args)
     memory = _PeakMemory()
