@@ -130,6 +130,26 @@ def test_a_run_that_was_moved_keeps_its_best_model(tmp_path: Path, step: int) ->
     assert (tmp_path / "moved" / Path(state["best_model_checkpoint"]).name / "model.safetensors").exists()
 
 
+def test_the_last_checkpoint_is_kept_until_the_result_is_saved(tmp_path: Path, monkeypatch) -> None:
+    """save_total_limit=1 leaves the best one too; with that alone a run killed at its end would train once more."""
+
+    def interrupted(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    best = "--load_best_model_at_end true --metric_for_best_model efficacy --greater_is_better false --save_steps 2"
+    options = [*TASK, "--method", "molf", "--expert_ranks", "2", *EVERY_TWO, *best.split(), "--eval_examples", "32"]
+    options += ["--save_total_limit", "1", "--resume_from_checkpoint", "auto"]
+    whole, out = train(tmp_path / "whole", *options), tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr("molf.train.run._save", interrupted)
+        assert main(["train", *COMMON, *options, "--output_dir", str(out)]) == 130
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-8"]
+    again = train(out, *options)
+    assert again["metrics"]["resumed_from"] == str(out / "checkpoint-8")
+    assert_identical(again["weights"], whole["weights"])
+    assert again["routing"] == whole["routing"]
+
+
 def test_without_a_task_there_is_the_loss_of_other_lines(tmp_path: Path, capsys) -> None:
     rows = [{"prompt": f"Ada Alder {verb} the", "completion": f" {thing}"}
             for verb in ("plays", "likes", "sees") for thing in ("drum", "organ", "harp")]  # fmt: skip
