@@ -318,6 +318,53 @@ def test_a_checkpoint_of_another_folder_is_continued_in_one_that_holds_no_run(
     assert shares[0] == shares[1]
 
 
+class Interrupted(transformers.TrainerCallback):
+    """Ends the run in a step, before it is saved."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("method", ["molf", "lora"])
+def test_later_checkpoints_are_set_aside_before_an_older_one_is_continued(
+    tmp_path, facts, capsys, monkeypatch, method: str
+) -> None:
+    """Else the next start takes one of them: it trains nothing, or finds that the log, cut by then, lacks its steps."""
+    train, out = molf.train.run.train, tmp_path / "run"
+
+    def run(*more: str, to: int | None = None) -> int:
+        ends = [] if to is None else [Interrupted(to)]
+        monkeypatch.setattr(molf.cli.train, "train", lambda *arguments: train(*arguments, ends))
+        return main(command(facts, out, "--max_steps", "6", "--save_steps", "2", *more, method=method))
+
+    def result(folder: Path) -> list[Any]:
+        metrics = json.loads((folder / "metrics.json").read_text())
+        log = folder / "routing.jsonl"
+        weights = load_file(next(folder.glob("*model.safetensors")))
+        return [weights, log.read_text() if log.exists() else None, metrics.get("expert_share")]
+
+    assert run() == 0
+    whole, older = result(out), ["--resume_from_checkpoint", str(out / "checkpoint-2")]
+    capsys.readouterr()
+    assert run(*older, to=3) == 130
+    told = f"the run goes on from step 2: checkpoint-4, checkpoint-6 moved to {out / 'set-aside-1'}; remove that when"
+    assert told in capsys.readouterr().out
+    assert [path.name for path in out.glob("*checkpoint*")] == ["checkpoint-2"]
+    assert run("--resume_from_checkpoint", "auto", to=5) == 130
+    assert run("--resume_from_checkpoint", "auto") == 0
+    assert_identical(result(out), whole)
+    assert run(*older) == 0
+    for number in (1, 2):
+        aside = out / f"set-aside-{number}" / "checkpoint-4"
+        other = ["--resume_from_checkpoint", str(aside), "--output_dir", str(tmp_path / f"other-{number}")]
+        assert run(*other) == 0
+        assert_identical(result(tmp_path / f"other-{number}"), whole)
+
+
 @pytest.fixture
 def disk(tmp_path) -> Iterator[Path]:
     """A disk of 28 MiB: a checkpoint of the bundled model has about 16."""

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from ..optim import MoLFAdamW, RoutingRecorder
 from ..optim.routing import stream_routing
 from .files import write_json
+from .resume import set_aside
 from .telemetry import LostUpdates, RoutingMetrics
 
 
@@ -195,6 +196,9 @@ class SpeedCallback(TrainerCallback):
 class PlanCallback(TrainerCallback):
     """Prints, before the first step, what will be trained and how, and writes the resolved configuration.
 
+    What the folder holds of a run that went further than this one resumes from is no part of it any more: its result is
+    removed, its later checkpoints are set aside.
+
     Args:
         path: Where the configuration goes; not before model, data and optimizer are known to fit.
         resolved: The configuration.
@@ -209,6 +213,8 @@ class PlanCallback(TrainerCallback):
         """Print modules, experts and trainable parameters; write the configuration; the run has no result yet."""
         if state.is_world_process_zero:
             self.path.with_name("metrics.json").unlink(missing_ok=True)
+            if state.global_step:
+                set_aside(self.path.parent, state.global_step)
             write_json(self.path, self.resolved)
             print(describe(model, getattr(optimizer, "optimizer", optimizer), args.learning_rate), flush=True)
 
