@@ -200,6 +200,11 @@ class MethodArguments:
             raise ValueError(f"weight_decay={args.weight_decay}: {self.method} takes lora_weight_decay")
         if self.method == "adalora":
             _check_adalora(args)
+        if args.enable_jit_checkpoint and (self.method == "adalora" or args.save_only_model):
+            raise ValueError(
+                f"enable_jit_checkpoint=True: a checkpoint of {self.method} with save_only_model="
+                f"{args.save_only_model} cannot be continued exactly; leave it out"
+            )
         evaluates = args.eval_strategy != "no"
         if self.task is None and bool(self.eval_dataset_path) != evaluates:
             raise ValueError(

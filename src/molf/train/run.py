@@ -44,6 +44,7 @@ from .quantize import PACKAGES, keep_adapters_in_fp32, quantized
 from .resume import find_checkpoint, finished, is_over
 from .sampling import SeededSampling
 from .sharded import ShardedCallback, ShardedTraining, shard
+from .stop import check_not_stopped, stop_between_steps
 from .verify import progress
 
 
@@ -59,6 +60,7 @@ def train(method: MethodArguments, args: TrainArguments, callbacks: Sequence[Tra
         ValueError: If an argument, the data, the model or a checkpoint does not fit; no result is written then.
         OSError: If the model or the data cannot be read.
         NonFiniteError: If a loss, gradient or weight is NaN or infinite; the last checkpoint is good.
+        StoppedError: If SIGTERM ended it, with ``enable_jit_checkpoint``; no result is written then.
 
     With several processes all call it, the first alone writes and, unless the model is sharded, scores; the others
     return what they know.
@@ -191,6 +193,7 @@ def _make_trainer(method: str, **arguments: Any) -> Any:
             f"dataloader_drop_last=True: {len(trainer.train_dataset)} examples fill no batch of {batch}; leave it out, "
             "or lower per_device_train_batch_size"
         )
+    stop_between_steps(trainer)
     keep_adapters_in_fp32(trainer.model)
     trainer.on_nonfinite, trainer.nonfinite_limit = args.on_nonfinite, args.nonfinite_limit
     return trainer
@@ -231,6 +234,7 @@ def _run(trainer: Any, checkpoint: str | None, speed: SpeedCallback) -> dict[str
         trainer.load_ended(checkpoint)
     else:
         loss = trainer.train(resume_from_checkpoint=checkpoint).training_loss
+        check_not_stopped(trainer)
     metrics: dict[str, Any] = {
         "train_loss": loss if checkpoint is None else _mean_loss(trainer.state, resumed, loss),
         "steps": trainer.state.global_step,
