@@ -292,8 +292,10 @@ def test_a_run_that_was_started_again_has_no_result_until_it_ends(tmp_path, trai
     assert json.loads((out / "metrics.json").read_text())["steps"] == 2
 
 
-def test_a_checkpoint_of_another_folder_is_continued_in_one_that_holds_no_run(tmp_path, trained, facts, capsys) -> None:
-    """With the routing that led to it; a folder that holds another run would have a mix of both."""
+def test_a_checkpoint_of_another_folder_is_continued_in_one_that_holds_no_run(
+    tmp_path, trained, facts, capsys, monkeypatch
+) -> None:
+    """With all of the routing that led to it; a folder that holds another run would have a mix of both."""
     whole, out = trained("molf"), tmp_path / "run"
     resume = ["--resume_from_checkpoint", str(whole / "checkpoint-1")]
     used = tmp_path / "used"
@@ -301,11 +303,66 @@ def test_a_checkpoint_of_another_folder_is_continued_in_one_that_holds_no_run(tm
     assert "expert_ranks was [] in the run of" in fails(capsys, command(facts, used, *resume))
     (used / "run.json").unlink()
     assert "used holds config.json of an earlier run" in fails(capsys, command(facts, used, *resume))
+
+    def interrupted(source: Path, target: Path) -> None:
+        target.write_bytes(source.read_bytes()[:100])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("shutil.copy", interrupted)
+        assert main(command(facts, out, *resume)) == 130
     assert main(command(facts, out, *resume)) == 0
     assert_identical(*(load_file(run / "model.safetensors") for run in (out, whole)))
     assert (out / "routing.jsonl").read_text() == (whole / "routing.jsonl").read_text()
     shares = [json.loads((run / "metrics.json").read_text())["expert_share"] for run in (out, whole)]
     assert shares[0] == shares[1]
+
+
+class Interrupted(transformers.TrainerCallback):
+    """Ends the run in a step, before it is saved."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("method", ["molf", "lora"])
+def test_later_checkpoints_are_set_aside_before_an_older_one_is_continued(
+    tmp_path, facts, capsys, monkeypatch, method: str
+) -> None:
+    """Else the next start takes one of them: it trains nothing, or finds that the log, cut by then, lacks its steps."""
+    train, out = molf.train.run.train, tmp_path / "run"
+
+    def run(*more: str, to: int | None = None) -> int:
+        ends = [] if to is None else [Interrupted(to)]
+        monkeypatch.setattr(molf.cli.train, "train", lambda *arguments: train(*arguments, ends))
+        return main(command(facts, out, "--max_steps", "6", "--save_steps", "2", *more, method=method))
+
+    def result(folder: Path) -> list[Any]:
+        metrics = json.loads((folder / "metrics.json").read_text())
+        log = folder / "routing.jsonl"
+        weights = load_file(next(folder.glob("*model.safetensors")))
+        return [weights, log.read_text() if log.exists() else None, metrics.get("expert_share")]
+
+    assert run() == 0
+    whole, older = result(out), ["--resume_from_checkpoint", str(out / "checkpoint-2")]
+    capsys.readouterr()
+    assert run(*older, to=3) == 130
+    told = f"the run goes on from step 2: checkpoint-4, checkpoint-6 moved to {out / 'set-aside-1'}; remove that when"
+    assert told in capsys.readouterr().out
+    assert [path.name for path in out.glob("*checkpoint*")] == ["checkpoint-2"]
+    assert run("--resume_from_checkpoint", "auto", to=5) == 130
+    assert run("--resume_from_checkpoint", "auto") == 0
+    assert_identical(result(out), whole)
+    assert run(*older) == 0
+    for number in (1, 2):
+        aside = out / f"set-aside-{number}" / "checkpoint-4"
+        other = ["--resume_from_checkpoint", str(aside), "--output_dir", str(tmp_path / f"other-{number}")]
+        assert run(*other) == 0
+        assert_identical(result(tmp_path / f"other-{number}"), whole)
 
 
 @pytest.fixture

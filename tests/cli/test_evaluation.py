@@ -71,11 +71,13 @@ def test_every_generator_is_put_back() -> None:
 def test_a_resumed_run_has_every_point_once(tmp_path: Path) -> None:
     out = tmp_path / "run"
     options = [*TASK, "--method", "molf", "--expert_ranks", "2", "--save_strategy", "steps", "--save_steps", "1"]
-    options += [*EVERY_TWO, "--eval_examples", "8"]
+    options += [*EVERY_TWO, "--eval_examples", "8", "--eval_on_start", "true"]
     whole = train(out, *options)
+    assert points(whole, "step", "eval_loss")[0][0] == 0
     for step in (3, 4):  # between evaluations, and at one
         again = train(out, *options, "--resume_from_checkpoint", str(out / f"checkpoint-{step}"))
         assert points(again, "step", "eval_loss", "eval_score") == points(whole, "step", "eval_loss", "eval_score")
+        assert points(again, "step", "molf/switch_rate") == points(whole, "step", "molf/switch_rate")
         seconds = [seconds for _, seconds in points(again, "step", "seconds")]
         assert seconds == sorted(seconds)
 
@@ -144,6 +146,26 @@ def test_a_run_that_was_moved_keeps_its_best_model(tmp_path: Path, step: int) ->
     assert_identical(again["weights"], whole["weights"])
     state = json.loads((tmp_path / "moved" / "trainer_state.json").read_text())
     assert (tmp_path / "moved" / Path(state["best_model_checkpoint"]).name / "model.safetensors").exists()
+
+
+def test_the_last_checkpoint_is_kept_until_the_result_is_saved(tmp_path: Path, monkeypatch) -> None:
+    """save_total_limit=1 leaves the best one too; with that alone a run killed at its end would train once more."""
+
+    def interrupted(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    best = "--load_best_model_at_end true --metric_for_best_model efficacy --greater_is_better false --save_steps 2"
+    options = [*TASK, "--method", "molf", "--expert_ranks", "2", *EVERY_TWO, *best.split(), "--eval_examples", "32"]
+    options += ["--save_total_limit", "1", "--resume_from_checkpoint", "auto"]
+    whole, out = train(tmp_path / "whole", *options), tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr("molf.train.run._save", interrupted)
+        assert main(["train", *COMMON, *options, "--output_dir", str(out)]) == 130
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-8"]
+    again = train(out, *options)
+    assert again["metrics"]["resumed_from"] == str(out / "checkpoint-8")
+    assert_identical(again["weights"], whole["weights"])
+    assert again["routing"] == whole["routing"]
 
 
 def test_without_a_task_there_is_the_loss_of_other_lines(tmp_path: Path, capsys) -> None:

@@ -12,6 +12,7 @@ from train_programs import (
     METHODS,
     agree,
     command,
+    command_with_a_signal,
     everything,
     halve,
     losses,
@@ -91,6 +92,19 @@ def test_a_step_that_one_process_skips_is_skipped_by_all(tmp_path: Path, facts: 
         3: "the loss is not finite here"
     }
     assert len(winners(tmp_path / "run")) == STEPS - 1
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path: Path, facts: Path) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    more = [*SAVED, "--enable_jit_checkpoint", "true", "--resume_from_checkpoint", "auto"]
+    run(tmp_path, 2, command, options("molf", facts, whole, STEPS, *more))
+    first, second = run(tmp_path, 2, command_with_a_signal, options("molf", facts, out, STEPS, *more), 2)
+    assert [first["status"], second["status"]] == [143, 143]
+    assert first["err"].endswith(f"molf: stopped at step 2 of {STEPS}; continue with --resume_from_checkpoint auto\n")
+    assert second["out"] + second["err"] == ""
+    assert [path.name for path in out.glob("*checkpoint*")] == ["checkpoint-2"]
+    assert run(tmp_path, 2, command, options("molf", facts, out, STEPS, *more))[0]["status"] == 0
+    assert_identical(everything(out), everything(whole))
 
 
 def test_the_first_process_scores_for_all(tmp_path: Path, facts: Path) -> None:

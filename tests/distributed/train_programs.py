@@ -6,10 +6,13 @@ import contextlib
 import io
 import itertools
 import json
+import os
 import runpy
 import shutil
+import signal
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.utils._pytree import tree_map
-from transformers import TrainerCallback
+from transformers import TrainerCallback, trainer_jit_checkpoint
 
 import molf.cli.train
 from molf import MoLFConfig, NonFiniteError, read_routing
@@ -115,6 +118,24 @@ def command(argv: Sequence[str]) -> dict[str, Any]:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = molf.cli.main(["train", *argv])
     return {"status": status, "out": out.getvalue(), "err": err.getvalue()}
+
+
+class _Sigterm(TrainerCallback):
+    """The signal, to the second process alone, in a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if dist.get_rank() == 1 and state.global_step + 1 == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def command_with_a_signal(argv: Sequence[str], step: int) -> dict[str, Any]:
+    """The command line, without transformers' wait for a SIGKILL."""
+    trainer_jit_checkpoint.threading = SimpleNamespace(Timer=lambda _, call: SimpleNamespace(start=call))
+    molf.cli.train.train = lambda *arguments: train(*arguments, [_Sigterm(step)])
+    return command(argv)
 
 
 def command_on_a_full_disk(argv: Sequence[str]) -> dict[str, Any]:

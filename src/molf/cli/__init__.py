@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
 from importlib import import_module
 
 from ..optim import CompileError, NonFiniteError, ProcessesDifferError, ResumeError
-from ..train.errors import lost_process, out_of_memory
+from ..train.errors import StoppedError, lost_process, out_of_memory
 
 COMMANDS = {
     "demo": "fine-tune the bundled model by every method and compare",
@@ -42,7 +43,7 @@ _PATIENCE = 3.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 2 for an error that the user can mend, 130 for an interrupt.
+    """Run a command; gives the exit status: 0, 2 for an error that the user can mend, 130 interrupted, 143 by SIGTERM.
 
     Args:
         argv: Arguments without the program's name; None means the command line's.
@@ -75,6 +76,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not out_of_memory(error):
             raise
         return _fail(f"out of memory: {str(error).strip() or type(error).__name__}. {_SMALLER}")
+    except StoppedError as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"molf: {error}", file=sys.stderr)
+        return 128 + signal.SIGTERM
     except KeyboardInterrupt:
         print("molf: interrupted", file=sys.stderr)
         return 130

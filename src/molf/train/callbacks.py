@@ -12,7 +12,9 @@ from typing import Any
 from transformers import TrainerCallback
 
 from ..optim import MoLFAdamW, RoutingRecorder
+from ..optim.routing import stream_routing
 from .files import write_json
+from .resume import set_aside
 from .telemetry import LostUpdates, RoutingMetrics
 
 
@@ -61,6 +63,9 @@ class RoutingCallback(TrainerCallback):
             self.recorder = RoutingRecorder(optimizer, self.path)
             own = self.recorder.optimizer
             self._metrics = RoutingMetrics(own.routed_modules, own.experts, own.config.top_k)
+            if state.global_step and self.path.exists():
+                records, taken = stream_routing(self.path)[1], own.steps_taken
+                self._metrics.follow(record for record in records if record["step"] <= taken)
             self._lost = LostUpdates(own)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -191,6 +196,9 @@ class SpeedCallback(TrainerCallback):
 class PlanCallback(TrainerCallback):
     """Prints, before the first step, what will be trained and how, and writes the resolved configuration.
 
+    What the folder holds of a run that went further than this one resumes from is no part of it any more: its result is
+    removed, its later checkpoints are set aside.
+
     Args:
         path: Where the configuration goes; not before model, data and optimizer are known to fit.
         resolved: The configuration.
@@ -205,6 +213,8 @@ class PlanCallback(TrainerCallback):
         """Print modules, experts and trainable parameters; write the configuration; the run has no result yet."""
         if state.is_world_process_zero:
             self.path.with_name("metrics.json").unlink(missing_ok=True)
+            if state.global_step:
+                set_aside(self.path.parent, state.global_step)
             write_json(self.path, self.resolved)
             print(describe(model, getattr(optimizer, "optimizer", optimizer), args.learning_rate), flush=True)
 

@@ -127,6 +127,15 @@ class WholeCheckpoints:
         if best is not None and (found := Path(self._resumed).parent / Path(best).name).is_dir():
             this.state.best_model_checkpoint = str(found)
 
+    def _finalize_training(self, *args: Any) -> Any:
+        """The Trainer's, but the last checkpoint stays: until the result is saved there is nothing else of the end."""
+        this: Any = self
+        limit, this.args.save_total_limit = this.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args)  # type: ignore[misc]
+        finally:
+            this.args.save_total_limit = limit
+
     def _load_best_model(self) -> None:
         this: Any = self
         if (load := _loader(this.model)) is not None:

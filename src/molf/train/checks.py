@@ -88,6 +88,11 @@ def _check_optimizer(method: MethodArguments, args: TrainArguments) -> None:
         raise ValueError(f"weight_decay={args.weight_decay}: {method.method} takes lora_weight_decay")
     if method.method == "adalora":
         _check_adalora(args)
+    if args.enable_jit_checkpoint and (method.method == "adalora" or args.save_only_model):
+        raise ValueError(
+            f"enable_jit_checkpoint=True: a checkpoint of {method.method} with save_only_model={args.save_only_model} "
+            "cannot be continued exactly; leave it out"
+        )
     for name, value in _IN_BACKWARD.items() if method.step_in_backward else ():
         if getattr(args, name) != value:
             raise ValueError(

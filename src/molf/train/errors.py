@@ -1,8 +1,12 @@
-"""Failures of the machine, which come as RuntimeErrors like any other: no file and no option is wrong."""
+"""What ends a run though no file and no option is wrong: failures of the machine, RuntimeErrors all, and a signal."""
 
 from __future__ import annotations
 
 import torch
+
+
+class StoppedError(Exception):
+    """SIGTERM has ended training before its last step, with a checkpoint to continue from."""
 
 
 def lost_process(error: BaseException) -> bool:

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,6 +72,16 @@ def write_json(path: Path, value: Any) -> None:
     sync(partial)
     partial.replace(path)
     sync(path.parent)
+
+
+def copy_whole(source: Path, target: Path) -> None:
+    """Copy a file so that a crash leaves no half of it under its new name."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(target.name + ".part")
+    shutil.copy(source, partial)
+    sync(partial)
+    partial.replace(target)
+    sync(target.parent)
 
 
 def read_json(path: Path) -> dict[str, Any]:

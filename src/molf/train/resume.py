@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-from .files import read_json
+from .files import copy_whole, read_json, sync
 from .verify import UNFINISHED, check_checkpoint, checkpoints, progress
 
 _OUTPUTS = (
@@ -102,6 +103,28 @@ def find_checkpoint(wanted: str | None, output_dir: str, resolved: dict[str, Any
     if folder.parent.resolve() != out.resolve():
         _check_free(out, resolved)
     return str(folder)
+
+
+def set_aside(out: Path, step: int) -> None:
+    """Move the checkpoints after the step that a run goes on from out of the way, with the log that leads to them.
+
+    The run cuts its log there: ``auto`` would take one of them that the log no longer reaches.
+    """
+    later = checkpoints(out, after=step)
+    if not later:
+        return
+    aside = next(path for n in count(1) if not (path := out / f"set-aside-{n}").exists())
+    aside.mkdir()
+    for log in (path for path in (out / "routing.jsonl", out / "run.json") if path.is_file()):
+        copy_whole(log, aside / log.name)
+    for folder in reversed(later):  # the newest first: what is left is always what the log leads to
+        folder.rename(aside / folder.name)
+    for folder in (aside, out):
+        sync(folder)
+    names = ", ".join(folder.name for folder in later)
+    print(
+        f"the run goes on from step {step}: {names} moved to {aside}; remove that when you need it no more", flush=True
+    )
 
 
 def _check_free(out: Path, resolved: dict[str, Any] | None) -> None:

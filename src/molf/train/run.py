@@ -11,7 +11,6 @@ import contextlib
 import os
 import re
 import resource
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -38,7 +37,7 @@ from .data import evaluation_records, fit_examples, load_data
 from .distributed import check_alike, digest, from_first, is_sharded
 from .errors import of_the_machine
 from .evaluation import ScoredEvaluation
-from .files import claim, of_option, sync, write_json
+from .files import claim, copy_whole, of_option, sync, write_json
 from .load import hub_commit, load_model, load_tokenizer, naming, versions
 from .methods import METHODS, Adapted
 from .nonfinite import FiniteSteps, skipped_steps
@@ -46,6 +45,7 @@ from .quantize import PACKAGES, keep_adapters_in_fp32, quantized
 from .resume import BY_METRIC, find_checkpoint, finished, is_over
 from .sampling import SeededSampling
 from .sharded import ShardedCallback, ShardedTraining, shard
+from .stop import check_not_stopped, stop_between_steps
 from .verify import progress
 
 
@@ -61,6 +61,7 @@ def train(method: MethodArguments, args: TrainArguments, callbacks: Sequence[Tra
         ValueError: If an argument, the data, the model or a checkpoint does not fit; no result is written then.
         OSError: If the model or the data cannot be read.
         NonFiniteError: If a loss, gradient or weight is NaN or infinite; the last checkpoint is good.
+        StoppedError: If SIGTERM ended it, with ``enable_jit_checkpoint``; no result is written then.
 
     With several processes all call it, the first alone writes and, unless the model is sharded, scores; the others
     return what they know.
@@ -85,6 +86,7 @@ def _train(
     if (ended := from_first(lambda: finished(*where))) is not None:
         return ended
     checkpoint = from_first(lambda: find_checkpoint(*where))
+    args.eval_on_start = args.eval_on_start and checkpoint is None  # a run starts once
     set_seed(args.seed)
     tokenizer = load_training_tokenizer(method, args)
     memory = _PeakMemory()
@@ -144,8 +146,7 @@ def _train(
 def _take_log(source: Path, target: Path) -> None:
     """The routing that led to a checkpoint of another folder; what came after it is dropped when the log goes on."""
     if source.is_file() and not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(source, target)
+        copy_whole(source, target)
 
 
 def _expert_shares(out: Path, config: MoLFConfig) -> dict[str, float]:
@@ -195,6 +196,7 @@ def _make_trainer(method: str, **arguments: Any) -> Any:
             f"dataloader_drop_last=True: {len(trainer.train_dataset)} examples fill no batch of {batch}; leave it out, "
             "or lower per_device_train_batch_size"
         )
+    stop_between_steps(trainer)
     keep_adapters_in_fp32(trainer.model)
     trainer.on_nonfinite, trainer.nonfinite_limit = args.on_nonfinite, args.nonfinite_limit
     return trainer
@@ -235,6 +237,7 @@ def _run(trainer: Any, checkpoint: str | None, speed: SpeedCallback) -> dict[str
         trainer.load_ended(checkpoint)
     else:
         loss = trainer.train(resume_from_checkpoint=checkpoint).training_loss
+        check_not_stopped(trainer)
     metrics: dict[str, Any] = {
         "train_loss": loss if checkpoint is None else _mean_loss(trainer.state, resumed, loss),
         "steps": trainer.state.global_step,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,6 +48,13 @@ class RoutingMetrics:
     def _reset(self) -> None:
         self._decisions, self._first = np.zeros((2, len(self.projections)))
         self._margins, self._clear, self._switches, self._pairs = 0.0, 0, 0, 0
+
+    def follow(self, records: Iterable[dict[str, Any]]) -> None:
+        """Take the best experts of the records that a resumed run goes on from for those of the decisions before."""
+        for record in records:
+            if not unscored(record):
+                best = np.array([-1 if row is None else row[0] for row in record["winners"]])
+                self._before = np.where(best >= 0, best, self._before)
 
     def add(self, record: dict[str, Any]) -> None:
         """Take note of one step, as ``RoutingRecorder.latest`` has it."""

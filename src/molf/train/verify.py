@@ -35,10 +35,10 @@ SHARDED, REST = "optimizer", "rest.pt"
 _ADAPTER = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora")
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """The folders ``checkpoint-N`` of a run, whole or not, by N."""
+def checkpoints(folder: Path, after: int = -1) -> list[Path]:
+    """The folders ``checkpoint-N`` of a run with N > ``after``, whole or not, by N."""
     found = [path for path in folder.glob("checkpoint-*") if path.is_dir() and _step(path).isdecimal()]
-    return sorted(found, key=lambda path: int(_step(path)))
+    return sorted((path for path in found if int(_step(path)) > after), key=lambda path: int(_step(path)))
 
 
 def _step(path: Path) -> str:
