@@ -61,13 +61,20 @@ class WrittenTensors:
         if now == self._versions:
             return
         for name, tensor, content, slack in derived():
-            least, most = ((content + sign * slack).to(tensor.dtype) for sign in (-1, 1))
-            if not ((least <= tensor) & (tensor <= most) | tensor.isnan() & content.isnan()).all():
+            if not _holds(tensor, content, slack):
                 raise RuntimeError(
                     f"{name} was changed since the optimizer was made, and the step would undo that: load weights "
                     "before making the optimizer, or call sync_weights() to return to the optimizer's state"
                 )
         self._versions = now
+
+
+def _holds(tensor: Tensor, content: Tensor, slack: float) -> bool:
+    """Whether a tensor is its content, or that of one within ``slack`` of it, rounded."""
+    if torch.allclose(content.to(tensor.dtype), tensor, rtol=0, atol=0, equal_nan=True):
+        return True
+    least, most = ((content + sign * slack).to(tensor.dtype) for sign in (-1, 1))
+    return slack > 0 and bool(((least <= tensor) & (tensor <= most)).all())
 
 
 def _versions(tensors: Iterable[Tensor]) -> list[list[int]]:
