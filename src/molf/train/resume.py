@@ -113,8 +113,8 @@ def _check_free(out: Path, resolved: dict[str, Any] | None) -> None:
     used = next((path.name for name in _OUTPUTS for path in out.glob(name)), None)
     if used is not None:
         raise ValueError(
-            f"output_dir={out} holds {used} of an earlier run or export: choose another folder, remove it, or continue a "
-            "run with --resume_from_checkpoint last"
+            f"output_dir={out} holds {used} of an earlier run or export: choose another folder, remove it, or continue "
+            "a run with --resume_from_checkpoint last"
         )
 
 
