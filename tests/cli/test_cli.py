@@ -376,6 +376,21 @@ def test_a_non_finite_gradient_is_one_line_and_keeps_the_checkpoint(tmp_path, co
         assert all(v.isfinite().all() for v in load_file(checkpoint / "model.safetensors").values())
 
 
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("compare --task world-fact --method lora", "method given for all methods: a sweep sets methods"),
+        ("compare --task world-fact --seed 3", "seed given for all methods: a sweep sets methods"),
+        ("demo --method lora", "unrecognized arguments: --method lora"),
+        ("bench step --preset tiny --out OUT --round 1", "unrecognized arguments: --round 1"),
+    ],
+)
+def test_options_are_not_abbreviated(tmp_path, monkeypatch, capsys, command: str, message: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert message in fails(capsys, *command.split())
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_help_and_version(capsys) -> None:
     assert main([]) == 2
     assert main(["--help"]) == 0

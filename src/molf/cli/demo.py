@@ -44,7 +44,7 @@ def run(argv: Sequence[str]) -> None:
         ValueError: For bad options.
         ChildProcessError: If a method fails.
     """
-    parser = Parser(prog="molf demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="molf demo", description=__doc__)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="where models and logs go")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="methods to run")
     parser.add_argument("--edits", type=int, default=300, help="number of counterfactual edits")

@@ -77,12 +77,7 @@ def table(metrics: Mapping[str, float], primary: str) -> str:
 
 
 def _options(argv: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(
-        prog="molf eval",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(prog="molf eval", description=DESCRIPTION)
     parser.add_argument("--model", required=True, help="transformers folder, hub id, or PEFT adapter")
     parser.add_argument("--model_revision", default="main", help="revision on the hub")
     parser.add_argument("--task", required=True, help=f"one of {', '.join(TASKS)}")
