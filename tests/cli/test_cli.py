@@ -376,6 +376,22 @@ def test_a_non_finite_gradient_is_one_line_and_keeps_the_checkpoint(tmp_path, co
         assert all(v.isfinite().all() for v in load_file(checkpoint / "model.safetensors").values())
 
 
+@pytest.mark.parametrize("caches", [True, False])
+def test_a_model_is_saved_with_its_own_cache_setting(tmp_path, config, caches: bool) -> None:
+    """The Trainer's is of training: with it, whoever loads the model computes every token of a text anew for the next."""
+    base, out = tmp_path / "base", tmp_path / "run"
+    shutil.copytree(BUNDLED_MODEL, base)
+    settings = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**settings, "use_cache": caches}))
+    saving = "--max_steps 1 --save_strategy steps --save_steps 1 --gradient_checkpointing true --method fft".split()
+    assert (
+        main(["train", "--config", str(config), "--model_name_or_path", str(base), *saving, "--output_dir", str(out)])
+        == 0
+    )
+    for folder in (out, out / "checkpoint-1"):
+        assert json.loads((folder / "config.json").read_text())["use_cache"] is caches
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [
