@@ -378,7 +378,7 @@ def test_a_non_finite_gradient_is_one_line_and_keeps_the_checkpoint(tmp_path, co
 
 @pytest.mark.parametrize("caches", [True, False])
 def test_a_model_is_saved_with_its_own_cache_setting(tmp_path, config, caches: bool) -> None:
-    """The Trainer's is of training: with it, whoever loads the model computes every token of a text anew for the next."""
+    """The Trainer's is of training: with it, generation computes the whole text anew for every token."""
     base, out = tmp_path / "base", tmp_path / "run"
     shutil.copytree(BUNDLED_MODEL, base)
     settings = json.loads((base / "config.json").read_text())

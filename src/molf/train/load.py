@@ -131,8 +131,8 @@ def load_trained(
 ) -> tuple[Any, Any]:
     """Model and tokenizer of a folder or hub id that holds a whole model or a PEFT adapter.
 
-    An adapter's base is the one that its configuration names, loaded with ``quantized``; its tokenizer is in its own folder,
-    else the base's.
+    An adapter's base is the one that its configuration names, loaded with ``quantized``; its tokenizer is in its own
+    folder, else the base's.
 
     Raises:
         ValueError: If weights are damaged or missing, or ``eos_token`` is not in the vocabulary.
