@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import molf.cli.demo
 from molf import read_routing
 from molf.assets import BUNDLED_MODEL
 from molf.cli import main
@@ -374,6 +376,37 @@ def test_a_non_finite_gradient_is_one_line_and_keeps_the_checkpoint(tmp_path, co
         assert all(v.isfinite().all() for v in load_file(checkpoint / "model.safetensors").values())
 
 
+@pytest.mark.parametrize("caches", [True, False])
+def test_a_model_is_saved_with_its_own_cache_setting(tmp_path, config, caches: bool) -> None:
+    """The Trainer's is of training: with it, generation computes the whole text anew for every token."""
+    base, out = tmp_path / "base", tmp_path / "run"
+    shutil.copytree(BUNDLED_MODEL, base)
+    settings = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**settings, "use_cache": caches}))
+    saving = "--max_steps 1 --save_strategy steps --save_steps 1 --gradient_checkpointing true --method fft".split()
+    assert (
+        main(["train", "--config", str(config), "--model_name_or_path", str(base), *saving, "--output_dir", str(out)])
+        == 0
+    )
+    for folder in (out, out / "checkpoint-1"):
+        assert json.loads((folder / "config.json").read_text())["use_cache"] is caches
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("compare --task world-fact --method lora", "method given for all methods: a sweep sets methods"),
+        ("compare --task world-fact --seed 3", "seed given for all methods: a sweep sets methods"),
+        ("demo --method lora", "unrecognized arguments: --method lora"),
+        ("bench step --preset tiny --out OUT --round 1", "unrecognized arguments: --round 1"),
+    ],
+)
+def test_options_are_not_abbreviated(tmp_path, monkeypatch, capsys, command: str, message: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert message in fails(capsys, *command.split())
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_help_and_version(capsys) -> None:
     assert main([]) == 2
     assert main(["--help"]) == 0
@@ -391,3 +424,55 @@ def test_a_demo_takes_no_folder_of_other_runs_and_no_odd_number(tmp_path, capsys
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["molf"]
     assert (tmp_path / "runs" / "molf" / "run.json").exists()
     assert "count=0" in fails(capsys, "demo", "--edits", "0", "--output_dir", tmp_path / "none")
+
+
+@pytest.fixture
+def untrained(monkeypatch) -> None:
+    """A demo whose runs are there at once, or end in an error where the folder holds ``broken``."""
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        out = Path(command[-1])
+        out.mkdir(exist_ok=True)
+        (out / "run.json").write_text("{}")
+        numbers = dict.fromkeys("score efficacy paraphrase neighbourhood train_loss seconds peak_memory_mib".split(), 0)
+        (out / "metrics.json").write_text(json.dumps({"method": out.name, **numbers}))
+        return subprocess.CompletedProcess(command, int((out.parent / "broken").exists()), "")
+
+    monkeypatch.setattr(molf.cli.demo.subprocess, "run", run)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("edits.json", "[]"),
+        ("train.yaml", "model: mine"),
+        ("demo.json", '{"mine": 1}'),
+        ("demo.json", '[{"method": "mine"}]'),
+        ("demo.json", "mine"),
+    ],
+)
+def test_a_demo_takes_no_file_of_others(tmp_path, capsys, untrained, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    (tmp_path / "fft").mkdir()
+    (tmp_path / "fft" / "run.json").write_text("mine")
+    problem = fails(capsys, "demo", "--output_dir", tmp_path, "--methods", "fft", "--edits", "1")
+    assert f"{tmp_path / name} is there and not a demo's; choose another folder" in problem
+    assert ((tmp_path / name).read_text(), (tmp_path / "fft" / "run.json").read_text()) == (text, "mine")
+    assert {path.name for path in tmp_path.iterdir()} == {name, "fft"}
+
+
+def test_a_second_demo_removes_the_runs_of_the_first_and_nothing_else(tmp_path, capsys, untrained) -> None:
+    """Also where the first one ended with an error, and left no results."""
+    out = tmp_path / "demo"
+    demo = ["demo", "--output_dir", str(out), "--methods", "fft", "molf", "--edits", "1"]
+    out.mkdir()
+    (out / "broken").touch()
+    assert "fft ended with status 1" in fails(capsys, *demo)
+    (out / "broken").unlink()
+    (out / "fft" / "checkpoint-1").mkdir()
+    (out / "molf").mkdir()
+    (out / "molf" / "notes.txt").write_text("mine")
+    assert main(demo) == 0
+    assert [row["method"] for row in json.loads((out / "demo.json").read_text())] == ["fft", "molf"]
+    assert (out / "molf" / "notes.txt").read_text() == "mine"
+    assert sorted(path.name for path in (out / "fft").iterdir()) == ["metrics.json", "run.json"]

@@ -130,6 +130,21 @@ def test_an_export_replaces_an_older_one_and_nothing_else(tmp_path, capsys, molf
     assert not list(run.glob(".*"))
 
 
+def test_a_run_and_an_export_never_share_a_folder(tmp_path, capsys, molf_e: Path) -> None:
+    """The folder of experts has no model of its own, so nothing else tells molf train that it is taken."""
+    out = tmp_path / "out"
+    record = exported(molf_e, out, "--to", "experts")
+    assert sorted(record["files"]) == sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
+    assert {"export.json", "README.md", "lora_r2/adapter_model.safetensors"} <= {*record["files"]}
+    for more in ([], ["--resume_from_checkpoint", "auto"]):
+        assert main([*TRAIN, "--method", "lora", *more, "--output_dir", str(out)]) == 2
+        assert f"output_dir={out} holds export.json of an earlier run or export" in capsys.readouterr().err
+    (out / "run.json").write_text("{}")
+    problem = refused(capsys, molf_e, "--to", "experts", "--output_dir", out)
+    assert f"output_dir={out} holds run.json, which its export.json does not list" in problem
+    assert (out / "run.json").read_text() == "{}"
+
+
 @pytest.fixture
 def hub_id(tmp_path, monkeypatch) -> tuple[str, str]:
     """A hub id in the local cache, with the bundled model as "dev" and another one as "main"; and dev's commit."""

@@ -19,6 +19,7 @@ from molf import MoLFConfig, create_molf_optimizer, molf_lora_config
 from molf.assets import BUNDLED_MODEL
 from molf.cli import main
 from molf.plan.memory import Workload, plan_method
+from molf.train.callbacks import describe
 from molf.train.load import load_model
 from molf.train.methods import METHODS
 from molf.train.quantize import PACKAGES, quantized
@@ -154,6 +155,42 @@ def test_molf_train_over_a_quantised_base(tmp_path: Path, facts: Path, kind: str
     assert all(torch.equal(again[name], value) for name, value in adapter.items())
     original = AutoModelForCausalLM.from_pretrained(BUNDLED_MODEL)
     assert logits(PeftModel.from_pretrained(original, out)).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_molf_eval_of_a_quantised_run_gives_its_metrics(tmp_path: Path, facts: Path, kind: str, capsys) -> None:
+    """Exactly, because the base is quantised as in training; on the original one they are others."""
+    run, bare = tmp_path / "run", tmp_path / "bare"
+    assert main(command(kind, facts, run, "lora", "--save_strategy", "steps", "--save_steps", "2")) == 0
+    shutil.copytree(run, bare, ignore=shutil.ignore_patterns("run.json"))
+    trained, found = json.loads((run / "metrics.json").read_text()), {}
+    for folder in (run, run / "checkpoint-2", bare):
+        out = tmp_path / "eval.json"
+        words = ["--model", folder, "--task", "fact", "--dataset_path", facts, "--max_examples", "16", "--output", out]
+        capsys.readouterr()
+        assert main(["eval", "--use_cpu", *map(str, words)]) == 0
+        assert (f"on a base quantised to {kind}, as in training" in capsys.readouterr().out) is (folder != bare)
+        found[folder] = json.loads(out.read_text())
+        assert found[folder]["quantization"] == ("none" if folder == bare else kind)
+    expected = {name: trained[name] for name in found[run]["metrics"]}
+    assert found[run]["metrics"] == found[run / "checkpoint-2"]["metrics"] == expected
+    assert found[bare]["metrics"] != expected
+
+
+def test_molf_eval_of_a_run_with_an_unknown_quantisation_is_refused(tmp_path: Path, capsys) -> None:
+    shutil.copytree(BUNDLED_MODEL, tmp_path / "run")
+    record = {"method": {"quantization": "int3"}, "training": {}}
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    assert main(["eval", "--use_cpu", "--model", str(tmp_path / "run"), "--task", "world-mcq"]) == 2
+    assert "run.json is damaged or of another version of molf: quantization='int3'" in capsys.readouterr().err
+
+
+def test_packed_weights_are_counted_as_what_they_stand_for() -> None:
+    """As molf plan counts them, and as the model has them that is not quantised."""
+    original = load_model(str(BUNDLED_MODEL), "float32").num_parameters()
+    for kind in KINDS:
+        line = describe(load(kind).requires_grad_(False), None, 1e-3)
+        assert line.startswith(f"trainable parameters: 0 of {original:,} in the model"), kind
 
 
 def test_what_molf_train_refuses(tmp_path: Path, facts: Path, capsys, monkeypatch) -> None:

@@ -361,19 +361,27 @@ def test_rounding_is_within_its_tolerance(tmp_path, dtype: str) -> None:
     ("method", "config", "to"),
     [("molf-e", EXPERTS, "adapter"), ("molf-e", EXPERTS, "experts"), ("molf", MOLF, "delta")],
 )
-def test_every_adapter_names_its_base_and_the_commit_that_was_trained_on(tmp_path, method, config, to: str) -> None:
-    """Also where the base has moved; without the commit it would load on the hub's main branch of today."""
+def test_every_adapter_names_its_base_and_the_commit_that_was_trained_on(
+    tmp_path, monkeypatch, method, config, to: str
+) -> None:
+    """Also where the base has moved; without the commit it would load on the hub's main branch of today.
+
+    A relative path is written as an absolute one, and the adapter loads from another directory.
+    """
     run = make_run(tmp_path / "run", make_base(tmp_path / "old", "llama"), method, config)
     record = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps({**record, "model_commit": "0123abc"}))
     base = (tmp_path / "old").rename(tmp_path / "new")
     options = ExportOptions(to=to, rank=4 if to == "delta" else None)
-    export(run, tmp_path / "out", options, base=str(base))
+    monkeypatch.chdir(tmp_path)
+    export(run, tmp_path / "out", options, base="new")
+    monkeypatch.chdir(run)
     folders = [path.parent for path in (tmp_path / "out").rglob("adapter_config.json")]
     assert len(folders) == (2 if to == "experts" else 1)
     for folder in folders:
         found = json.loads((folder / "adapter_config.json").read_text())
         assert (found["base_model_name_or_path"], found["revision"]) == (str(base), "0123abc")
+        AutoPeftModelForCausalLM.from_pretrained(folder)
 
 
 def test_texts_are_cut_to_what_the_model_takes(tmp_path) -> None:

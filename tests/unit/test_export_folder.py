@@ -1,15 +1,17 @@
 """An export takes its place in one step: what a kill, a failure, a second process and a strange folder leave behind."""
 
 import fcntl
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import molf.export.folder
-from molf.export.folder import RECORD, replacing
+from molf.export.folder import RECORD, record, replacing
 
 KILLED = """
 import os, signal, sys
@@ -32,7 +34,7 @@ with folder.replacing(Path(sys.argv[1])) as stage:
     (stage / "part" / "weights").write_text("new")
     if where == "building":
         die()
-    (stage / folder.RECORD).write_text("new")
+    folder.record(stage, {})
 """
 
 
@@ -40,10 +42,11 @@ def name_of(descriptor: int) -> str:
     return Path(os.readlink(f"/proc/self/fd/{descriptor}")).name
 
 
-def write(target: Path, text: str) -> None:
+def write(target: Path, text: str, meanwhile: Callable[[], object] = lambda: None) -> None:
     with replacing(target) as stage:
+        meanwhile()
         (stage / "weights").write_text(text)
-        (stage / RECORD).write_text(text)
+        record(stage, {})
 
 
 @pytest.mark.parametrize(
@@ -55,9 +58,9 @@ def test_a_kill_leaves_the_old_export_or_the_new_one_whole(tmp_path, where: str,
     write(target, "old")
     done = subprocess.run([sys.executable, "-c", KILLED, str(target), where], timeout=120)
     assert done.returncode == -9
-    assert (target / RECORD).read_text() == left
     weights = target / ("weights" if left == "old" else "part/weights")
     assert weights.read_text() == left
+    assert json.loads((target / RECORD).read_text())["files"] == [str(weights.relative_to(target)), RECORD]
     assert {path.name for path in target.iterdir()} == {RECORD, weights.relative_to(target).parts[0]}
     assert (tmp_path / ".export.part").exists()  # what the kill left is named, and removed by the next export
     write(target, "newer")
@@ -95,8 +98,8 @@ def test_everything_is_on_the_disk_before_the_exchange(tmp_path, monkeypatch) ->
     )
     write(target, "new")
     assert order[0] == "exchange other"  # the probe
-    assert {*order[1:4]} == {"weights", RECORD, ".export.part"}
-    assert order[4:] == ["exchange export", tmp_path.name]
+    assert {*order[-5:-2]} == {"weights", RECORD, ".export.part"}
+    assert order[-2:] == ["exchange export", tmp_path.name]
 
 
 def test_strange_folders_and_a_second_process(tmp_path, monkeypatch) -> None:
@@ -125,6 +128,35 @@ def test_strange_folders_and_a_second_process(tmp_path, monkeypatch) -> None:
         write(target, "newer")
     assert (target / "weights").read_text() == "new"
     write(tmp_path / "first", "new")  # needs no exchange
+
+
+@pytest.mark.parametrize("name", ["model.gguf", "sub/notes.txt", "run.json", "checkpoint-2/model.safetensors"])
+def test_an_export_with_files_of_others_is_not_replaced(tmp_path, name: str) -> None:
+    target = tmp_path / "export"
+    write(target, "old")
+    mine = target / name
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("mine")
+    message = f"holds {name}, which its export.json does not list .*: move them away, or choose another folder"
+    with pytest.raises(ValueError, match=message):
+        write(target, "new")
+    assert (mine.read_text(), (target / "weights").read_text()) == ("mine", "old")
+    mine.unlink()
+    with pytest.raises(ValueError, match=message):
+        write(target, "new", lambda: mine.write_text("while it is made"))
+    assert mine.read_text() == "while it is made"
+    mine.unlink()
+    write(target, "new")
+    assert (target / "weights").read_text() == "new"
+
+
+@pytest.mark.parametrize("files", ["", ', "files": 3'])
+def test_an_export_that_does_not_list_its_files_is_not_replaced(tmp_path, files: str) -> None:
+    target = tmp_path / "export"
+    write(target, "old")
+    (target / RECORD).write_text('{"to": "merged"' + files + "}")
+    with pytest.raises(ValueError, match=r"holds export\.json, weights, which its export\.json does not list"):
+        write(target, "new")
 
 
 def test_a_file_in_the_place_of_a_folder_is_named(tmp_path) -> None:

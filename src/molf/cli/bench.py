@@ -102,9 +102,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         ValueError: For an option that is unknown, missing or out of its range.
     """
     names = "\n".join(f"  {name:16} {kind.help}" for name, kind in KINDS.items())
-    parser = Parser(
-        prog="molf bench", description=DESCRIPTION + names, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="molf bench", description=DESCRIPTION + names)
     add = parser.add_argument
     add("bench", choices=DEFAULTS, help="what to measure")
     add("--preset", required=True, choices=PRESETS, help="the model's shape")

@@ -93,7 +93,7 @@ def _check(runs: Sequence[Run]) -> MethodArguments:
 
 def _options(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any], dict[str, dict[str, Any]]]:
     """The sweep's own options, those of every run, and those of single methods."""
-    parser = Parser(prog="molf compare", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="molf compare", description=DESCRIPTION)
     parser.add_argument("--config", type=Path, help="YAML file with any of these options")
     parser.add_argument("--methods", nargs="+", default=["fft", "lora", "molf", "molf-e"], help="methods of molf train")
     parser.add_argument("--learning_rates", nargs="+", type=float, default=[3e-4, 1e-3, 3e-3], help="the same for all")

@@ -33,6 +33,9 @@ METHODS: dict[str, list[str]] = {
 
 COLUMNS = ("method", "score", "efficacy", "paraphrase", "neighbours", "loss", "seconds", "peak MiB", "dense wins")
 
+RECORD = "demo.json"
+"""The results, empty before there are any; what tells a demo's folder from any other."""
+
 
 def run(argv: Sequence[str]) -> None:
     """Train by every method, print one table, and write it to ``demo.json``.
@@ -41,7 +44,7 @@ def run(argv: Sequence[str]) -> None:
         ValueError: For bad options.
         ChildProcessError: If a method fails.
     """
-    parser = Parser(prog="molf demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="molf demo", description=__doc__)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="where models and logs go")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="methods to run")
     parser.add_argument("--edits", type=int, default=300, help="number of counterfactual edits")
@@ -53,16 +56,8 @@ def run(argv: Sequence[str]) -> None:
     if len(set(options.methods)) < len(options.methods):
         raise ValueError(f"--methods {' '.join(options.methods)}: one is named twice; name each once")
     edits = counterfactual_edits(make_world(), options.edits, options.seed)
-    again = (options.output_dir / "demo.json").exists() or (options.output_dir / "edits.json").exists()
-    for method in options.methods:
-        out = options.output_dir / method
-        if out.exists() and not again:
-            raise ValueError(
-                f"--output_dir {options.output_dir}: {out} is there and not a demo's; choose another folder"
-            )
-        shutil.rmtree(out, ignore_errors=True)  # an earlier demo's
     with of_option("output_dir", options.output_dir, "written"):
-        options.output_dir.mkdir(parents=True, exist_ok=True)
+        _take(options.output_dir, options.methods)
     data = options.output_dir / "edits.json"
     data.write_text(json.dumps(edits, indent=1))
     config = options.output_dir / "train.yaml"
@@ -79,10 +74,37 @@ def run(argv: Sequence[str]) -> None:
             raise ChildProcessError(f"{method} ended with status {done.returncode}; its error is above")
         print(done.stdout.split("\n{")[0])
         results.append(json.loads((out / "metrics.json").read_text()))
-    write_json(options.output_dir / "demo.json", results)
+    write_json(options.output_dir / RECORD, results)
     print("\n" + table(results))
     print(f"\nmodels, metrics and routing logs: {options.output_dir}")
     print(f"as one page: molf report {' '.join(str(options.output_dir / method) for method in options.methods)}")
+
+
+def _take(folder: Path, methods: Sequence[str]) -> None:
+    """Mark the folder as a demo's, or remove the runs of an earlier demo.
+
+    Raises:
+        ValueError: If it holds what a demo writes, and is no demo's.
+        OSError: If it cannot be written.
+    """
+    if not _is_demo(folder / RECORD):
+        for path in (folder / name for name in (RECORD, "edits.json", "train.yaml", *methods)):
+            if path.exists():
+                raise ValueError(f"--output_dir {folder}: {path} is there and not a demo's; choose another folder")
+        write_json(folder / RECORD, [])
+    for method in methods:
+        if (folder / method / "run.json").is_file():
+            shutil.rmtree(folder / method)
+
+
+def _is_demo(record: Path) -> bool:
+    if not record.is_file():
+        return False
+    try:
+        found = json.loads(record.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return isinstance(found, list) and all(isinstance(row, dict) and row.get("method") in [*METHODS] for row in found)
 
 
 def _settings(data: Path, options: argparse.Namespace) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 from ..tasks import TASKS, get_task
 from ..train.files import of_option, write_json
 from ..train.load import check_revision, load_trained, naming, versions
+from ..train.quantize import quantized_as
 from .parser import Parser
 
 DESCRIPTION = """The metrics of a task, for a transformers folder, a hub id or a PEFT adapter.
@@ -20,7 +21,7 @@ DESCRIPTION = """The metrics of a task, for a transformers folder, a hub id or a
     molf eval --model DIR --task world-fact --output metrics.json
 
 Model and prompts are as molf train has them at the end of a run, so the metrics of a run's folder are those of its
-metrics.json, as long as precision and device are the same.
+metrics.json, as long as precision and device are the same. The base of a run is quantised as it was in training.
 """
 
 
@@ -37,12 +38,16 @@ def run(argv: Sequence[str]) -> None:
         records = task.load(options.dataset_path, options.max_examples)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     hub = {"revision": options.model_revision, "trust_remote_code": options.trust_remote_code}
+    found = None if options.use_cpu else torch.accelerator.current_accelerator(check_available=True)
+    device = found or torch.device("cpu")
+    quantization, quantized = quantized_as(Path(options.model), device)
     with naming(options.model):
-        model, tokenizer = load_trained(options.model, options.dtype, options.eos_token, **hub)
-    device = None if options.use_cpu else torch.accelerator.current_accelerator(check_available=True)
-    model = model.to(device or "cpu").eval()
+        model, tokenizer = load_trained(options.model, options.dtype, options.eos_token, quantized, **hub)
+    model = model.to(device).eval()
     metrics = task.evaluate(model, tokenizer, records, batch_size=options.batch_size)
     print(f"{options.model}: {len(records)} records of {task.name}\n{table(metrics, task.primary)}")
+    if quantized:
+        print(f"on a base quantised to {quantization}, as in training")
     if options.output is not None:
         report = {
             "model": options.model,
@@ -51,7 +56,8 @@ def run(argv: Sequence[str]) -> None:
             "dataset_path": options.dataset_path,
             "records": len(records),
             "dtype": options.dtype,
-            "device": str(device or "cpu"),
+            "quantization": quantization,
+            "device": str(device),
             "primary": task.primary,
             "metrics": metrics,
             "versions": versions(),
@@ -77,12 +83,7 @@ def table(metrics: Mapping[str, float], primary: str) -> str:
 
 
 def _options(argv: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(
-        prog="molf eval",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(prog="molf eval", description=DESCRIPTION)
     parser.add_argument("--model", required=True, help="transformers folder, hub id, or PEFT adapter")
     parser.add_argument("--model_revision", default="main", help="revision on the hub")
     parser.add_argument("--task", required=True, help=f"one of {', '.join(TASKS)}")

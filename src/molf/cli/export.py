@@ -76,12 +76,7 @@ def _few(names: Sequence[str]) -> str:
 
 
 def _options(argv: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(
-        prog="molf export",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(prog="molf export", description=DESCRIPTION)
     parser.add_argument("run", type=Path, help="run directory of molf train")
     parser.add_argument("--to", required=True, choices=FORMS, help="what to make")
     parser.add_argument("--output_dir", type=Path, help="where it goes (default: RUN/export-FORM)")

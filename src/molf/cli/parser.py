@@ -13,7 +13,13 @@ from ..train.files import of_option
 
 
 class Parser(argparse.ArgumentParser):
-    """ArgumentParser whose errors are one line, like every other error of the command line."""
+    """ArgumentParser whose errors are one line, like every other error of the command line.
+
+    An option's name is whole: one that begins like another may be an option of its own, of ``molf train``.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage and leaving."""

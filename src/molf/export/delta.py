@@ -69,6 +69,7 @@ def make_delta(run: TrainedRun, base: Any, trained: Any, rank: int, drop_other: 
     _check_rank(rank, [after[f"{name}.weight"] for name in layers])
     _check_carried(base, modules)
     model = get_peft_model(base, _lora_config(base, rank, layers, modules, bool(biased)), revision=run.revision)
+    model.peft_config["default"].base_model_name_or_path = run.named_base
     kept, whole = {}, {}
     for name in layers:
         layer = model.get_base_model().get_submodule(name)

@@ -8,10 +8,11 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
-from ..train.files import claim, of_option, sync
+from ..train.files import claim, of_option, read_json, sync, write_json
 
 RECORD = "export.json"
 """What every export holds, and what tells one from any other folder."""
@@ -26,7 +27,7 @@ def replacing(target: Path) -> Iterator[Path]:
     half-built is removed by the next export to the same target.
 
     Args:
-        target: Where the export goes: unused, or an older export.
+        target: Where the export goes: unused, or an older export and nothing else.
 
     Raises:
         ValueError: If it holds anything else, someone else is exporting to it, or the file system cannot exchange
@@ -34,8 +35,7 @@ def replacing(target: Path) -> Iterator[Path]:
         OSError: If it cannot be written.
     """
     target = target.resolve()
-    if target.exists() and not (target / RECORD).is_file():
-        raise ValueError(f"output_dir={target} is there and no export of molf: choose another folder")
+    _check_replaceable(target)
     file = next((path for path in target.parents if path.exists() and not path.is_dir()), None)
     if file is not None:
         raise ValueError(f"output_dir={target}: {file} is a file; choose another folder")
@@ -48,6 +48,7 @@ def replacing(target: Path) -> Iterator[Path]:
             _check_exchange(stage)
         yield stage
         _sync(stage)
+        _check_replaceable(target)  # once more, because the work takes its time
         if target.exists():
             _exchange(stage, target)
         else:
@@ -58,6 +59,32 @@ def replacing(target: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(stage, ignore_errors=True)  # what failed, or the older export
         os.close(lock)
+
+
+def record(stage: Path, report: dict[str, Any]) -> None:
+    """Write ``export.json``, the last file of an export, with the names of all: others are someone else's."""
+    report["files"] = [*_files(stage), RECORD]
+    write_json(stage / RECORD, report)
+
+
+def _files(folder: Path) -> list[str]:
+    found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return sorted(str(path.relative_to(folder)) for path in found)
+
+
+def _check_replaceable(target: Path) -> None:
+    if not target.exists():
+        return
+    if not (target / RECORD).is_file():
+        raise ValueError(f"output_dir={target} is there and no export of molf: choose another folder")
+    listed = read_json(target / RECORD).get("files")
+    others = [name for name in _files(target) if not isinstance(listed, list) or name not in listed]
+    if others:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        raise ValueError(
+            f"output_dir={target} holds {', '.join(others[:3])}{more}, which its {RECORD} does not list and an export "
+            "would remove: move them away, or choose another folder"
+        )
 
 
 def _empty(stage: Path) -> None:

@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..train.files import write_json
 from ..train.load import versions
 from . import verify
 from .card import card, routing_summary
 from .delta import make_delta
-from .folder import RECORD, replacing
+from .folder import record, replacing
 from .run import TrainedRun, read_run
 from .verify import Difference, difference, logits_of, rounding_tolerance
 from .weights import read_adapter, write_adapter, write_experts, write_merged
@@ -115,7 +114,7 @@ def export(
         }
         trained.tokenizer.save_pretrained(stage)
         (stage / "README.md").write_text(card(run, report))
-        write_json(stage / RECORD, report)
+        record(stage, report)
     return report
 
 

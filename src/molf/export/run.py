@@ -54,6 +54,11 @@ class TrainedRun:
         return METHODS[self.method["method"]].saves_adapter(self.config)
 
     @property
+    def named_base(self) -> str:
+        """The base as an adapter names it: a folder by its absolute path, for adapters are loaded from anywhere."""
+        return str(Path(self.base).absolute()) if Path(self.base).is_dir() else self.base
+
+    @property
     def quantization(self) -> str:
         """How the base was quantised for training, or "none"."""
         return self.method.get("quantization") or "none"

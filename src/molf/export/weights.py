@@ -69,7 +69,7 @@ def read_adapter(run: TrainedRun, dtype: torch.dtype | None) -> tuple[Any, dict[
         config = PeftConfig.from_pretrained(str(run.folder))
     except (SafetensorError, KeyError, TypeError) as error:
         raise ValueError(f"the adapter of {run.folder} is damaged: {error}") from error
-    config.base_model_name_or_path, config.revision = run.base, run.revision
+    config.base_model_name_or_path, config.revision = run.named_base, run.revision
     return config, {key: value.to(dtype or value.dtype) for key, value in tensors.items()}
 
 

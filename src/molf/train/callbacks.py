@@ -221,7 +221,7 @@ class PlanCallback(TrainerCallback):
 
 def describe(model: Any, optimizer: Any, learning_rate: float) -> str:
     """Modules, experts and trainable parameters, one line each."""
-    total = sum(p.numel() for p in model.parameters())
+    total = sum(map(_size, model.parameters()))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     lines = []
     if isinstance(optimizer, MoLFAdamW):
@@ -242,3 +242,9 @@ def describe(model: Any, optimizer: Any, learning_rate: float) -> str:
     else:
         lines.append(f"trainable parameters: {trained:,} of {total:,} in the model, lr {learning_rate:g}")
     return "\n".join(lines)
+
+
+def _size(parameter: Any) -> int:
+    """Its numbers; bitsandbytes packs two of 4 bits in a byte, and keeps the shape that they had."""
+    state = getattr(parameter, "quant_state", None)
+    return int(parameter.numel() if state is None else state.shape.numel())

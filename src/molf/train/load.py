@@ -9,7 +9,7 @@ import importlib.metadata
 import os
 import platform
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -126,10 +126,13 @@ def hub_commit(name: str, revision: str) -> str | None:
     return commit
 
 
-def load_trained(name: str, dtype: str, eos_token: str | None = None, **hub: Any) -> tuple[Any, Any]:
+def load_trained(
+    name: str, dtype: str, eos_token: str | None = None, quantized: Mapping[str, Any] | None = None, **hub: Any
+) -> tuple[Any, Any]:
     """Model and tokenizer of a folder or hub id that holds a whole model or a PEFT adapter.
 
-    An adapter's base is the one that its configuration names; its tokenizer is in its own folder, else the base's.
+    An adapter's base is the one that its configuration names, loaded with ``quantized``; its tokenizer is in its own
+    folder, else the base's.
 
     Raises:
         ValueError: If weights are damaged or missing, or ``eos_token`` is not in the vocabulary.
@@ -155,11 +158,13 @@ def load_trained(name: str, dtype: str, eos_token: str | None = None, **hub: Any
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys", category=UserWarning)
-            model = AutoPeftModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, **hub)
+            options = {"dtype": dtype, "use_safetensors": True, **hub, **(quantized or {})}
+            model = AutoPeftModelForCausalLM.from_pretrained(name, **options)
     except (SafetensorError, RuntimeError, UserWarning) as error:
         if of_the_machine(error):
             raise
         raise _damaged(name, error) from error
+    keep_differentiable(model)
     return model, tokenizer
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import BitsAndBytesConfig, TorchAoConfig
+
+from .files import read_json
 
 PACKAGES = {"none": (), "bnb-4bit": ("bitsandbytes",), "bnb-8bit": ("bitsandbytes",), "torchao-int8": ("torchao",)}
 """The quantisations, with the package that each needs."""
@@ -43,6 +46,24 @@ def quantized(name: str, device: torch.device, compute_dtype: torch.dtype) -> di
     else:
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute_dtype)
     return {"quantization_config": config, "device_map": {"": device}}
+
+
+def quantized_as(folder: Path, device: torch.device) -> tuple[str, dict[str, Any]]:
+    """How the run of a folder, or of a checkpoint in it, quantised its base: by name, and as ``quantized`` says it.
+
+    Raises:
+        ValueError: If its ``run.json`` is damaged, or the package that quantises is not installed.
+    """
+    record = (folder.parent if folder.name.startswith("checkpoint-") else folder) / "run.json"
+    run = read_json(record) if record.is_file() else {}
+    method, training = run.get("method"), run.get("training")
+    if not isinstance(method, dict) or not isinstance(training, dict):
+        return "none", {}
+    name = method.get("quantization", "none")
+    if name not in [*PACKAGES]:
+        raise ValueError(f"{record} is damaged or of another version of molf: quantization={name!r}")
+    half = training.get("bf16") or method.get("dtype") == "bfloat16"
+    return name, quantized(name, device, torch.bfloat16 if half else torch.float32)
 
 
 def keep_adapters_in_fp32(model: Any) -> None:

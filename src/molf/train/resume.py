@@ -13,6 +13,7 @@ from .verify import UNFINISHED, check_checkpoint, checkpoints, progress
 
 _OUTPUTS = (
     "run.json",
+    "export.json",
     "config.json",
     "adapter_config.json",
     "model.safetensors",
@@ -128,15 +129,15 @@ def set_aside(out: Path, step: int) -> None:
 
 
 def _check_free(out: Path, resolved: dict[str, Any] | None) -> None:
-    """Refuse a folder that holds a run, unless it was killed and has the settings, if there are any."""
+    """Refuse a folder that holds an export, or a run, unless it was killed and has the settings, if there are any."""
     if resolved is not None and (out / "run.json").is_file():
         check_same(out, resolved)
         return
     used = next((path.name for name in _OUTPUTS for path in out.glob(name)), None)
     if used is not None:
         raise ValueError(
-            f"output_dir={out} holds {used} of an earlier run: choose another folder, remove it, or continue with "
-            "--resume_from_checkpoint last"
+            f"output_dir={out} holds {used} of an earlier run or export: choose another folder, remove it, or continue "
+            "a run with --resume_from_checkpoint last"
         )
 
 

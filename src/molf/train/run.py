@@ -183,6 +183,7 @@ class _AdaLoraTrainer(FiniteSteps, WholeCheckpoints, ScoredEvaluation, SeededSam
 
 def _make_trainer(method: str, **arguments: Any) -> Any:
     template = arguments["args"].chat_template_path
+    caches = getattr(arguments["model"].config, "use_cache", None)
     try:
         with of_option("chat_template_path", template) if template else contextlib.nullcontext():
             trainer: Any = (_AdaLoraTrainer if method == "adalora" else _Trainer)(**arguments)
@@ -197,6 +198,8 @@ def _make_trainer(method: str, **arguments: Any) -> Any:
             "or lower per_device_train_batch_size"
         )
     stop_between_steps(trainer)
+    if caches is not None:
+        trainer.model.config.use_cache = caches  # the Trainer's own is of training, where TRL says no at every step
     keep_adapters_in_fp32(trainer.model)
     trainer.on_nonfinite, trainer.nonfinite_limit = args.on_nonfinite, args.nonfinite_limit
     return trainer
