@@ -126,8 +126,9 @@ def evaluate(
     ``execution_accuracy``, the primary metric: predictions whose rows are the gold query's. ``valid_sql``:
     predictions that run. Both are shares of the records whose gold query runs; ``gold_failures`` is the number of
     the others, for which no prediction can be right. ``empty_golds``: of how many of them the gold query gives no row
-    on any database, so that any query without rows counts as right. ``exact_match``: predictions that are the gold query but for
-    its spelling, of all records. ``truncated_prompts``: how many prompts were cut to fit into the model's context.
+    on any database, so that any query without rows counts as right. ``exact_match``: predictions that are the gold
+    query but for its spelling, of all records. ``truncated_prompts``: how many prompts were cut to fit into the model's
+    context.
 
     Raises:
         ValueError: If there is no record, or the gold query of every record fails.
