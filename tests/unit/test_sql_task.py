@@ -117,6 +117,15 @@ def test_whole_sums_are_compared_by_their_digits_too(pool):
     assert not same_rows([(3300000033.0,)], [(3300000093.0,)])
 
 
+def test_a_sum_of_0_depends_on_the_order_of_its_terms(pool):
+    said, gold = (pool.run("", f"SELECT {terms}").rows for terms in ("0.1 + 0.2 - 0.3", "0.1 - 0.3 + 0.2"))
+    assert said != gold
+    assert same_rows(said, gold)
+    assert same_rows(said, [(0,)])
+    assert not same_rows([(1e-9,)], [(2e-9,)])
+    assert not same_rows([(1e-9,)], [(0.0,)])
+
+
 @pytest.mark.parametrize(
     ("query", "ordered", "edit"),
     [
@@ -129,6 +138,11 @@ def test_whole_sums_are_compared_by_their_digits_too(pool):
         ("WITH x AS (SELECT 1) DELETE FROM t", False, True),
         ("REPLACE INTO t SELECT * FROM u", False, True),
         ("/* SELECT */ update t set a = (SELECT 1)", False, True),
+        ("WITH replace AS (SELECT 1 AS a) SELECT a FROM replace", False, False),
+        ("WITH replace(a) AS (SELECT 1) SELECT a FROM replace", False, False),
+        ("WITH replace AS (SELECT 1) REPLACE INTO t SELECT * FROM replace", False, True),
+        ("SELECT a FROM t ORDER /* by what */ BY b", True, False),
+        ("SELECT 'ORDER', 'BY' FROM t", False, False),
         ("VALUES (1)", False, False),
         ("SELECT 'unterminated", False, False),
     ],
