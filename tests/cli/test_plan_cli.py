@@ -19,7 +19,7 @@ from molf.assets import BUNDLED_MODEL
 from molf.cli import main
 from molf.cli.train import parse
 from molf.plan.memory import Workload, plan_method
-from molf.train.dry_run import dry_run, fill_state, model_config, workload
+from molf.train.dry_run import DryRun, compared, dry_run, fill_state, model_config, workload
 
 STORIES = Path(__file__).parents[3] / "shared" / "models" / "stories3M"
 IN_BACKWARD = ["--step_in_backward", "true", "--gradient_accumulation_steps", "1", "--max_grad_norm", "0"]
@@ -132,6 +132,28 @@ def test_what_is_fused_needs_no_temporaries() -> None:
         work = workload(method, args, model_config(method, args), 4)
         assert work.fused is fused
         assert (plan_method("fft", MoLFConfig(), work).step == 0) is fused
+
+
+def test_other_optimizers_are_counted_or_named(capsys) -> None:
+    """Every one of them was planned, and compared with a dry run, as AdamW, without a word."""
+    words = [*PLAN, "--method", "lora", "--max_length", "16", "--gpus", "1"]
+    assert main([*words, "--optim", "adafactor"]) == 0
+    assert "warning: optim=adafactor is not planned: moments and step are those of AdamW" in capsys.readouterr().out
+    assert main([*words, "--optim", "adamw_torch"]) == 0
+    assert "not planned" not in capsys.readouterr().out
+    method, args = parse([*PLAN[1:], "--task", "world-fact", "--method", "fft", "--use_cpu", "true", "--optim", "sgd"])
+    plan = plan_method("fft", MoLFConfig(), workload(method, args, model_config(method, args), 4))
+    assert plan.memory()["moments"] == plan.step == 0
+    dry = DryRun(1.0, plan, 1, 4, "adafactor")
+    assert "optim=adafactor is not planned" in compared(dry)
+    assert "not planned" not in compared(replace(dry, optim="sgd"))
+
+
+@pytest.mark.parametrize("length", ["-5", "0"])
+def test_a_length_below_one_is_refused(capsys, length: str) -> None:
+    """It was a traceback, and of 0 the plan of the model's context."""
+    assert main([*PLAN, "--max_length", length]) == 2
+    assert f"max_length={length}: must be at least 1" in capsys.readouterr().err
 
 
 def test_a_dry_run_makes_one_step(tmp_path, monkeypatch, capsys) -> None:

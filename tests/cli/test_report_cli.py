@@ -1,6 +1,8 @@
 """molf report in process: what it writes, what it says of unfinished runs and what it refuses."""
 
+import errno
 import json
+import os
 import re
 from pathlib import Path
 
@@ -123,6 +125,80 @@ def test_figures_of_runs_whose_names_are_alike_are_all_there(tmp_path, capsys) -
     written = [line for line in capsys.readouterr().out.splitlines() if line.endswith(".png")]
     assert len(set(written)) == len(written) == len(list((tmp_path / "png").iterdir()))
     assert (tmp_path / "png" / "other-won.png").is_file()
+
+
+def test_a_number_at_a_name_s_end_may_be_another_run_s(tmp_path, capsys) -> None:
+    """a-b-1 was overwritten by the figures of a/b, which is the first of two that are alike."""
+    runs = [str(write_run(tmp_path / name, routing=routing_lines(20))) for name in ("a/b", "a-b", "a-b-1")]
+    assert main(["report", *runs, "--png", str(tmp_path / "png")]) == 0
+    assert len(list((tmp_path / "png").glob("*-won.png"))) == 3
+
+
+def test_a_run_whose_name_begins_with_an_underscore_is_in_the_legend(tmp_path) -> None:
+    from matplotlib.figure import Figure
+
+    from molf.report.figures import _loss, _score
+    from molf.report.runs import read_runs
+
+    runs = read_runs([write_run(tmp_path / name, steps=40, evaluated=True) for name in ("_first", "second")])
+    for draw, more in ((_loss, ["evaluation"]), (_score, [])):
+        axes = Figure().subplots()
+        draw(axes, runs, "steps")
+        assert [text.get_text() for text in axes.get_legend().get_texts()] == ["_first", "second", *more]
+
+
+def test_a_page_is_whole_or_not_written(tmp_path, capsys, monkeypatch) -> None:
+    """A name that is no UTF-8 left an empty file in place of the last page, and so did a full disk."""
+    run = write_run(tmp_path / os.fsdecode(b"r\xffn"))
+    assert main(["report", str(run)]) == 0
+    assert "<title>r?n" in (run / "report.html").read_text()
+    run = write_run(tmp_path / "run")
+    page = run / "report.html"
+    assert main(["report", str(run)]) == 0
+    before = page.read_bytes()
+
+    def full(self: Path, data: bytes) -> int:
+        with self.open("wb") as file:
+            file.write(data[:10])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert "No space left on device" in fails(capsys, "report", run)
+    assert page.read_bytes() == before
+
+
+def test_logs_of_others_are_read_as_far_as_they_go(tmp_path, capsys) -> None:
+    """Entries without seconds, and spans of none, ended in tracebacks."""
+    run = write_run(tmp_path / "run", steps=4)
+    entries = [{"step": 1, "tokens_per_second": 5.0}, {"step": 2, "tokens_per_second": 7.0, "seconds": 0.0},
+               {"step": "3", "loss": 1.0}, {"step": 4, "loss": 2.0, "eval_loss": 2.0, "seconds": "x"}]  # fmt: skip
+    (run / "trainer_state.json").write_text(json.dumps({"log_history": entries}))
+    assert main(["report", str(run), "--png", str(tmp_path / "png")]) == 0
+    found = data_of(run / "report.html")
+    assert found["rows"][0]["speed"] is None
+    assert found["runs"][0]["curve"]["loss"] == [2.0]
+    entries[1]["seconds"] = 2.0
+    (run / "trainer_state.json").write_text(json.dumps({"log_history": entries}))
+    assert main(["report", str(run)]) == 0
+    assert data_of(run / "report.html")["rows"][0]["speed"] == 7.0
+
+
+@pytest.mark.parametrize(
+    ("file", "part", "change", "message"),
+    [
+        ("metrics.json", None, {"expert_share": [1]}, "metrics.json is damaged: expert_share is [1] and no mapping"),
+        ("metrics.json", None, {"test": 3}, "metrics.json is damaged: test is 3 and no mapping"),
+        ("trainer_state.json", None, {"log_history": 3}, "trainer_state.json is damaged: log_history is 3 and no list"),
+        ("run.json", "molf", {"expert_ranks": 4}, "run.json is damaged: expert_ranks is 4 and no list"),
+        ("run.json", "method", {"task": ["sql"]}, "run.json is damaged: task is ['sql'] and no name"),
+    ],
+)
+def test_values_of_a_wrong_type_are_named(tmp_path, capsys, file: str, part: str, change: dict, message: str) -> None:
+    run = write_run(tmp_path / "run")
+    record = json.loads((run / file).read_text())
+    (record[part] if part else record).update(change)
+    (run / file).write_text(json.dumps(record))
+    assert message in fails(capsys, "report", run)
 
 
 def test_dense_wins_are_of_the_steps_that_compared_anything(tmp_path) -> None:

@@ -84,6 +84,7 @@ def test_records_that_are_no_objects(tmp_path: Path) -> None:
     [
         ("B", 1), (" B", 1), ("\nB. Aspirin", 1), (" (D) because", 3), ("**C**", 2), ("A", 0), ("A\nQuestion:", 0),
         ("", None), (" ", None), ("E", None), ("b", None), ("Aspirin", None), ("The answer is B", None), ("1. B", None),
+        (" A patient with", None), ("A-type cells", None), ("C, because", 2), ("D - Eye", 3), ("A \nB", 0),
     ],
 )  # fmt: skip
 def test_answers(text: str, option: int | None) -> None:

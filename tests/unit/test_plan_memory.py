@@ -130,6 +130,20 @@ def test_a_step_needs_what_is_planned_for_it(train_base: bool, compile: bool) ->
     assert 0.7 * planned < tracker.peak <= planned
 
 
+def test_a_step_with_8_bits_needs_what_is_planned_for_packing_them() -> None:
+    """16 bytes per element of the largest tensor were planned, and the search for the codes was not."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model: Any = LlamaForCausalLM(LlamaConfig(vocab_size=4096, tie_word_embeddings=True, **sizes))
+    optimizer = create_molf_optimizer(model, MoLFConfig(expert_ranks=(16,), moments_8bit=True))
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    with PeakTracker() as tracker:
+        optimizer.step()
+    planned, _ = _of_step(optimizer)
+    assert 0.8 * planned < tracker.peak <= planned
+
+
 def test_shards_and_copies() -> None:
     """FSDP2 deals rows of all but A and its moments; DDP keeps all and the gradients twice."""
     plan = plan_method("molf", MoLFConfig(expert_ranks=(4,)), small_workload())

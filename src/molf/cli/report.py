@@ -11,7 +11,7 @@ from ..report.advise import advise
 from ..report.content import content, unfinished
 from ..report.page import page
 from ..report.runs import common_folder, read_runs
-from ..train.files import of_option
+from ..train.files import of_option, write_text
 from .parser import Parser
 
 DESCRIPTION = """One self-contained HTML page of one or several runs: loss and score, who won where and
@@ -41,12 +41,16 @@ def run(argv: Sequence[str]) -> None:
 
         with of_option("png", options.png, "written"):
             for path in write_figures(runs, options.png):
-                print(f"written to {path}")
+                _say_written(path)
     output = options.output or common_folder([each.folder for each in runs]) / "report.html"
     with of_option("output", output, "written"):
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(page(content(runs)), encoding="utf-8")
-    print(f"written to {output}")
+        write_text(output, page(content(runs)), errors="replace")  # a folder's name need not be UTF-8
+    _say_written(output)
+
+
+def _say_written(path: Path) -> None:
+    print(f"written to {str(path).encode('utf-8', 'backslashreplace').decode()}")
 
 
 def _options(argv: Sequence[str]) -> argparse.Namespace:

@@ -25,6 +25,11 @@ HEAD_CHUNK = 32768
 """Columns of the logits that TRL's loss holds at a time."""
 STEP_TENSORS = 3
 """Tensors that a pass of MoLF's step holds beside the state, of the size of a block."""
+PACKING = 52
+"""Bytes per element of the largest 8-bit moment while it is packed: m and v in fp32, and torchao's search for the
+codes, two int64 and five fp32 tensors. 47 to 50 is what a process grows by on a CPU."""
+PLANNED = ("adamw_torch", "adamw_torch_fused", "sgd")
+"""Optimizers of methods that do not route whose moments are counted; the Trainer's SGD has none."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,7 @@ class Workload:
         checkpointing: Whether activations are recomputed.
         autocast: Whether the forward pass is in bf16 by autocast.
         fused: Whether the AdamW of methods that do not route is fused.
+        optim: Its name, as transformers has it; of those that are not in ``PLANNED`` AdamW is planned.
         quantization: Of the frozen base of the methods that take it, as ``molf train`` names it.
         trust_remote_code: Whether the model's own code may run.
     """
@@ -52,6 +58,7 @@ class Workload:
     checkpointing: bool = False
     autocast: bool = False
     fused: bool = True
+    optim: str = "adamw_torch_fused"
     quantization: str = "none"
     trust_remote_code: bool = False
 
@@ -169,7 +176,7 @@ def plan_method(name: str, config: MoLFConfig, work: Workload) -> Plan:
         packed = _quantised(base) if spec.quantizes and work.quantization != "none" else {}
         held = [
             *_of_model(model, packed, work.quantization, not in_backward),
-            *(_of_optimizer(optimizer) if optimizer else _of_adamw(model)),
+            *(_of_optimizer(optimizer) if optimizer else () if work.optim == "sgd" else _of_adamw(model)),
         ]
         unpacked = max((weight.numel() for weight in packed.values()), default=0)  # one at a time, to multiply with
         peak = _simulate(model, base, work) + unpacked * (2 if work.autocast else work.dtype.itemsize)
@@ -274,7 +281,7 @@ def _of_step(optimizer: Any) -> tuple[int, int]:
             if virtual and factor == int(stack.modules[0].transposed):
                 summed += _size(part.exp_avg)
     packed = [v.numel() for state in optimizer.state.values() for v in state.values() if quantized.is_quantized(v)]
-    unpacked = 4 * 4 * max(packed, default=0)  # m and v in fp32, before and after
+    unpacked = PACKING * max(packed, default=0)
     return max(sum(sizes), sum(values)) + max([0, *sizes, *values]) + unpacked + STEP_TENSORS * 4 * BLOCK, summed
 
 

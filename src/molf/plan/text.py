@@ -10,7 +10,7 @@ import torch
 from ..optim import MoLFConfig
 from ..table import aligned
 from ..train.methods import METHODS
-from .memory import KINDS, Plan, Row, Workload
+from .memory import KINDS, PLANNED, Plan, Row, Workload
 
 GIB = 2**30
 BAR = 20
@@ -78,7 +78,7 @@ def gib(size: int) -> str:
 
 def warnings(plan: Plan, config: MoLFConfig, work: Workload) -> list[str]:
     """What will go wrong, or surprises, with this method and model; one line each."""
-    found = []
+    found = not_planned(work.optim)
     spec = METHODS[plan.method]
     if plan.tied and any(row.trained for row in plan.rows if row.experts == "not routed" or not spec.routes):
         embedding = next((row for row in plan.rows if "embed" in row.name or "wte" in row.name), None)
@@ -102,3 +102,8 @@ def warnings(plan: Plan, config: MoLFConfig, work: Workload) -> list[str]:
             "where a step is below half its last digit; use --dtype float32, or a method that routes: it keeps masters"
         )
     return found
+
+
+def not_planned(optim: str) -> list[str]:
+    """That the figures are another optimizer's, if they are."""
+    return [] if optim in PLANNED else [f"optim={optim} is not planned: moments and step are those of AdamW"]

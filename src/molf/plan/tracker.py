@@ -36,6 +36,8 @@ class PeakTracker(TorchDispatchMode):
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(kind.__name__ == "OptimState8bit" for kind in types):  # it does its own operations, which are counted
+            return NotImplemented
         kwargs = kwargs or {}
         if func is torch.ops.aten._grouped_mm.default and args[0].dtype != torch.bfloat16 and is_fake(args[0]):
             result = _grouped_product(*args, **kwargs)

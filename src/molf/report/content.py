@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 
 from ..tasks import TASKS, get_task
 from .routing_content import routing_content, sentences
-from .runs import Run
+from .runs import Run, number
 from .statistics import windows
 
 CURVE_POINTS = 1000
@@ -68,22 +67,22 @@ def headline(run: Run) -> dict[str, Any]:
     """One row of the headline table; None where a run has no such number."""
     method, molf, metrics = run.config["method"], run.config["molf"], run.metrics
     has_lora, has_dense = bool(molf.get("expert_ranks")), bool(molf.get("train_base"))
-    share = metrics.get("expert_share", {}).get("dense")
+    share = number(metrics.get("expert_share", {}).get("dense"))
     if run.routing is not None and "dense" in run.routing.experts:  # first, and without the steps that are left out
-        share = run.routing.won[:, :, 0].sum() / max(1, run.routing.took_part.sum())
+        share = float(run.routing.won[:, :, 0].sum() / max(1, run.routing.took_part.sum()))
     return {
         "run": run.name,
         "method": str(method.get("method")),
         "ranks": ", ".join(str(rank) for rank in molf.get("expert_ranks", [])) or None,
-        "lr": _number(molf.get("lr")) if has_dense else None,
-        "lora_lr": _number(molf.get("lora_lr")) if has_lora else None,
+        "lr": number(molf.get("lr")) if has_dense else None,
+        "lora_lr": number(molf.get("lora_lr")) if has_lora else None,
         "score": score(run)[1],
-        "loss": _number(metrics.get("train_loss")),
-        "steps": _number(metrics.get("steps")),
+        "loss": number(metrics.get("train_loss")),
+        "steps": number(metrics.get("steps")),
         "seconds": _seconds(run),
         "speed": _speed(run),
-        "memory": _number(metrics.get("peak_memory_mib")),
-        "dense": None if share is None else 100 * float(share),
+        "memory": number(metrics.get("peak_memory_mib")),
+        "dense": None if share is None else 100 * share,
     }
 
 
@@ -135,7 +134,7 @@ def score(run: Run) -> tuple[str, float | None]:
     if task not in TASKS:
         return "", None
     primary = get_task(task).primary
-    return primary, _number(run.metrics.get("test", run.metrics).get(primary))
+    return primary, number(run.metrics.get("test", run.metrics).get(primary))
 
 
 def scored_on(run: Run) -> str:
@@ -144,23 +143,20 @@ def scored_on(run: Run) -> str:
     return json.dumps([run.config["method"].get(name) for name in ("task", *own)])
 
 
-def _number(value: Any) -> float | None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return value if number else None
-
-
 def _seconds(run: Run) -> float | None:
     """Training time; of a run that was resumed that of all its processes, as the log counts it up to its last entry."""
-    own = _number(run.metrics.get("seconds"))
-    logged = [entry["seconds"] for entry in run.history if "seconds" in entry]
+    own = number(run.metrics.get("seconds"))
+    logged = [seconds for entry in run.history if (seconds := number(entry.get("seconds"))) is not None]
     return own if own is None or "resumed_from" not in run.metrics else max([own, *logged])
 
 
 def _speed(run: Run) -> float | None:
     """Tokens per second over the run: weighted by the time of each entry of the log."""
-    entries = [entry for entry in run.history if "tokens_per_second" in entry]
-    spans = np.diff([0.0, *(entry["seconds"] for entry in entries)])
-    return float(np.dot(spans, [e["tokens_per_second"] for e in entries]) / spans.sum()) if entries else None
+    pairs = [(number(entry.get("seconds")), number(entry.get("tokens_per_second"))) for entry in run.history]
+    known = [(seconds, speed) for seconds, speed in pairs if seconds is not None and speed is not None]
+    spans = np.diff([0.0, *(seconds for seconds, _ in known)])
+    total = float(spans.sum())
+    return float(np.dot(spans, [speed for _, speed in known])) / total if total > 0 else None
 
 
 def _subtitle(runs: Sequence[Run]) -> str:
@@ -168,8 +164,8 @@ def _subtitle(runs: Sequence[Run]) -> str:
     facts = [
         ("", [Path(str(run.config["method"].get("model_name_or_path"))).name for run in runs]),
         ("task ", [run.config["method"].get("task") for run in runs]),
-        ("", [run.config.get("versions", {}).get("device") for run in runs]),
-        ("torch ", [run.config.get("versions", {}).get("torch") for run in runs]),
+        ("", [_text(run.config.get("versions", {}).get("device", "")) for run in runs]),
+        ("torch ", [_text(run.config.get("versions", {}).get("torch", "")) for run in runs]),
     ]
     return " · ".join(f"{label}{values[0]}" for label, values in facts if values[0] and len(set(values)) == 1)
 
@@ -183,9 +179,9 @@ def _run(run: Run) -> dict[str, Any]:
         "scored_on": scored_on(run),
         "score_name": name,
         "score": value,
-        "steps": _number(run.metrics.get("steps")),
+        "steps": number(run.metrics.get("steps")),
         "seconds": _seconds(run),
-        "memory": _number(run.metrics.get("peak_memory_mib")),
+        "memory": number(run.metrics.get("peak_memory_mib")),
         "sentences": [] if run.routing is None else sentences(run.routing),
         "routing": None if run.routing is None else routing_content(run.routing),
     }
@@ -193,11 +189,11 @@ def _run(run: Run) -> dict[str, Any]:
 
 def curve(history: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Loss against step, seconds and tokens; of more than 1,000 entries the means over windows of them."""
-    entries = [entry for entry in history if _number(entry.get("loss")) is not None]
+    entries = [entry for entry in history if number(entry.get("loss")) is not None]
     edges = windows(len(entries), CURVE_POINTS)
     points: dict[str, Any] = {"logged": len(entries), "averaged": int(edges[1]) if entries else 1}
     for key, name in (("step", "steps"), ("seconds", "seconds"), ("num_tokens", "tokens"), ("loss", "loss")):
-        values = np.array([_number(entry.get(key)) for entry in entries], dtype=float)
+        values = np.array([number(entry.get(key)) for entry in entries], dtype=float)
         known = len(entries) > 0 and not np.isnan(values).any()
         means = [values[a:b].mean() for a, b in pairwise(edges)] if known else []
         points[name] = [float(f"{mean:.6g}") for mean in means]
@@ -210,19 +206,19 @@ def evaluations(run: Run) -> dict[str, Any]:
     An entry without a score, as of a run without a task, has None. Tokens are between the training log's, by step.
     """
     name, _ = score(run)
-    entries = [entry for entry in run.history if _number(entry.get("eval_loss")) is not None and "seconds" in entry]
-    tokens = {0: 0.0} | {
-        entry["step"]: entry["num_tokens"] for entry in run.history if _number(entry.get("num_tokens"))
-    }
+    entries = [
+        entry for entry in run.history if all(number(entry.get(key)) is not None for key in ("eval_loss", "seconds"))
+    ]
+    tokens = {0: 0.0} | {entry["step"]: entry["num_tokens"] for entry in run.history if number(entry.get("num_tokens"))}
     steps = [entry["step"] for entry in entries]
     between = np.interp(steps, list(tokens), list(tokens.values())) if len(tokens) > 1 else np.empty(0)
     return {
-        "records": run.config["method"].get("eval_examples"),
+        "records": number(run.config["method"].get("eval_examples")),
         "steps": steps,
         "seconds": [float(f"{entry['seconds']:.6g}") for entry in entries],
         "tokens": [round(count) for count in between.tolist()],
         "loss": [float(f"{entry['eval_loss']:.6g}") for entry in entries],
-        "score": [_number(entry.get(f"eval_{name}")) for entry in entries],
+        "score": [number(entry.get(f"eval_{name}")) for entry in entries],
     }
 
 

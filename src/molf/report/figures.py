@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from .runs import RoutingLog, Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.lines import Line2D
 
 _STYLE: dict[Any, Any] = {
     "font.size": 8,
@@ -61,10 +63,8 @@ def write_figures(runs: Sequence[Run], folder: Path) -> list[Path]:
                 draw(f"loss{suffix}", 3.4, 2.4, _loss, runs, axis)
             if any(_scored(run) for run in runs):
                 draw(f"score{suffix}", 3.4, 2.4, _score, runs, axis)
-        names = [re.sub(r"[^\w.-]+", "-", run.name) for run in runs]
-        for index, run in enumerate(runs):
+        for run, name in zip(runs, _file_names(runs), strict=True):
             if run.routing is not None:
-                name = names[index] if names.count(names[index]) == 1 else f"{names[index]}-{index + 1}"
                 shown = routing_content(run.routing)
                 height = max(1.8, 0.9 + 0.17 * len(shown["layers"]))
                 draw(f"{name}-won", 3.4, height, _won, run.routing, shown)
@@ -73,12 +73,30 @@ def write_figures(runs: Sequence[Run], folder: Path) -> list[Path]:
     return written
 
 
+def _file_names(runs: Sequence[Run]) -> list[str]:
+    """The runs' names as files may have them, numbered where they are alike."""
+    names = [re.sub(r"[^\w.-]+", "-", run.name) for run in runs]
+    alike = {index for index, name in enumerate(names) if names.count(name) > 1}
+    taken = set(names)
+    for index in sorted(alike):
+        numbered = (f"{names[index]}-{number}" for number in count(index + 1))
+        names[index] = next(name for name in numbered if name not in taken)
+        taken.add(names[index])
+    return names
+
+
+def _legend(axes: Axes, lines: Sequence[Line2D]) -> None:
+    """Of these lines: by itself matplotlib leaves out those whose name begins with _."""
+    axes.legend(lines, [str(line.get_label()) for line in lines])
+
+
 def _loss(axes: Axes, runs: Sequence[Run], axis: str) -> None:
     losses: list[float] = []
+    named: list[Line2D] = []
     for index, run in enumerate(runs):
         points, evaluated = curve(run.history), evaluations(run)
         if points[axis]:
-            axes.plot(points[axis], points["loss"], label=run.name, linewidth=1, color=f"C{index}")
+            named += axes.plot(points[axis], points["loss"], label=run.name, linewidth=1, color=f"C{index}")
             losses += points["loss"]
         if evaluated[axis]:
             axes.plot(evaluated[axis], evaluated["loss"], "o:", linewidth=0.8, markersize=2, color=f"C{index}")
@@ -88,9 +106,9 @@ def _loss(axes: Axes, runs: Sequence[Run], axis: str) -> None:
         axes.yaxis.set_major_formatter("{x:g}")  # matplotlib's own is a formula
         axes.yaxis.set_minor_formatter("")
     if any(evaluations(run)[axis] for run in runs):
-        axes.plot([], [], "o:", linewidth=0.8, markersize=2, color="black", label="evaluation")
+        named += axes.plot([], [], "o:", linewidth=0.8, markersize=2, color="black", label="evaluation")
     axes.set(xlabel=_LABELS[axis], ylabel="loss (nats per token)")
-    axes.legend()
+    _legend(axes, named)
 
 
 def _scored(run: Run) -> bool:
@@ -99,15 +117,17 @@ def _scored(run: Run) -> bool:
 
 def _score(axes: Axes, runs: Sequence[Run], axis: str) -> None:
     """Scores while training went on; the final ones are of other records and not in it."""
+    named: list[Line2D] = []
     for index, run in enumerate(runs):
         if _scored(run):
             found = evaluations(run)
             scores = [np.nan if value is None else value for value in found["score"]]
-            axes.plot(found[axis], scores, "o-", label=run.name, linewidth=1, markersize=2.5, color=f"C{index}")
+            style: dict[str, Any] = {"linewidth": 1, "markersize": 2.5, "color": f"C{index}"}
+            named += axes.plot(found[axis], scores, "o-", label=run.name, **style)
     counts = {evaluations(run)["records"] for run in runs if _scored(run)}
     of = f" of {counts.pop()} records" if len(counts) == 1 else ""
     axes.set(xlabel=_LABELS[axis], ylabel=f"score{of}")
-    axes.legend()
+    _legend(axes, named)
 
 
 def _won(axes: Axes, log: RoutingLog, shown: dict[str, Any]) -> None:

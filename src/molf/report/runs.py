@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -103,7 +104,14 @@ def _read_run(folder: Path, name: str) -> Run:
     for part in ("method", "molf", "training", "versions"):
         if not isinstance(config.get(part, {} if part == "versions" else None), dict):
             raise ValueError(f"{folder / 'run.json'} has no {part!r}: it was not written by molf train")
+    task = config["method"].get("task")
+    if not isinstance(task, str | None):
+        raise ValueError(f"{folder / 'run.json'} is damaged: task is {task!r} and no name")
+    _check_list(folder / "run.json", "expert_ranks", config["molf"].get("expert_ranks", []))
     metrics = read_json(folder / "metrics.json") if (folder / "metrics.json").is_file() else {}
+    for part in ("expert_share", "test"):
+        if not isinstance(metrics.get(part, {}), dict):
+            raise ValueError(f"{folder / 'metrics.json'} is damaged: {part} is {metrics[part]!r} and no mapping")
     routing = read_routing_log(log) if log.is_file() else None
     if routing is not None and not len(routing.steps):  # killed before its first step that compared anything
         routing = None
@@ -116,8 +124,20 @@ def _history(folder: Path) -> list[dict[str, Any]]:
     for path in [folder, *(path for _, path in sorted(checkpoints, reverse=True))]:
         if (path / "trainer_state.json").is_file():
             history = read_json(path / "trainer_state.json").get("log_history", [])
-            return [entry for entry in history if isinstance(entry, dict) and "step" in entry]
+            _check_list(path / "trainer_state.json", "log_history", history)
+            return [entry for entry in history if isinstance(entry, dict) and number(entry.get("step")) is not None]
     return []
+
+
+def _check_list(path: Path, name: str, value: Any) -> None:
+    if not isinstance(value, list):
+        raise ValueError(f"{path} is damaged: {name} is {value!r:.60} and no list")
+
+
+def number(value: Any) -> float | None:
+    """A value of JSON, if it is a number and finite."""
+    found = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return value if found else None
 
 
 def _numbered(name: str) -> re.Match[str] | None:

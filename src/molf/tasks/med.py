@@ -25,7 +25,7 @@ from .scoring import score_continuations
 HUB_ID = "openlifescienceai/medmcqa"
 LETTERS = "ABCD"
 OPTIONS = ("opa", "opb", "opc", "opd")
-_ANSWER = re.compile(r"\W*([A-D])\b")
+_ANSWER = re.compile(r"\W*([A-D])(?![-'’]\w)\s*(?:$|[^\w\s]|\n)")
 _ANSWER_TOKENS = 8
 
 
@@ -116,7 +116,10 @@ def example(record: dict[str, Any]) -> dict[str, str]:
 
 
 def parse_answer(text: str) -> int | None:
-    """The option that a generated text begins with, such as " B", "(B)" or "B. Aspirin"; None if with none."""
+    """The option that a generated text begins with, such as " B", "(B)" or "B. Aspirin"; None if with none.
+
+    The letter is followed by the end, a new line or punctuation: "A patient" begins with an article.
+    """
     match = _ANSWER.match(text)
     return LETTERS.index(match[1]) if match else None
 

@@ -8,7 +8,7 @@ SQL is executed by SQLite in a sandbox (``sql_sandbox``), whoever wrote it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -22,14 +22,15 @@ from .prompts import Context
 from .records import read_records, text_field
 from .sql_compare import is_edit, is_ordered, normalise, same_rows
 from .sql_fill import fill, has_rows, mentioned_values, read_schema
-from .sql_sandbox import SandboxPool
+from .sql_sandbox import QueryResult, SandboxPool
 
 HUB_ID = "gretelai/synthetic_text_to_sql"
 FIELDS = ("sql_prompt", "sql_context", "sql")
 DATABASES = 5
 """How many random databases a query must agree on where the context has no rows."""
-
-_LONGEST_ANSWER = 256
+MOST_DATABASES = 100
+"""How many are tried until the gold query gives a row on one: until then every query without rows agrees with it."""
+_MARGIN = 8
 
 
 class Verdict(NamedTuple):
@@ -39,11 +40,14 @@ class Verdict(NamedTuple):
         correct: Whether its rows were the gold query's, on every database.
         valid: Whether it ran, on every database.
         gold_error: Why the gold query failed, else None.
+        empty: Whether the gold query is a SELECT that gave no row on any database: a query that never gives one is
+            correct, whatever it asks.
     """
 
     correct: bool
     valid: bool
     gold_error: str | None
+    empty: bool = False
 
 
 def load(path: str | None, limit: int | None) -> list[dict[str, str]]:
@@ -69,33 +73,44 @@ def example(record: dict[str, Any]) -> dict[str, str]:
     return {"prompt": prompt, "completion": completion}
 
 
-def databases(pool: SandboxPool, record: dict[str, Any]) -> list[str]:
-    """The contexts to run on: the record's own if it has rows, or tables; else it with random rows, several times."""
+def databases(pool: SandboxPool, record: dict[str, Any]) -> Iterator[str]:
+    """The contexts to run on: the record's own if it has rows, or no tables; else it with random rows, many times."""
     context = record["sql_context"]
     schema = read_schema(pool, context)
     if not schema or has_rows(pool, context, schema):
-        return [context]
+        yield context
+        return
     mentioned = mentioned_values(record["sql"], schema)
-    return [f"{context}\n;{fill(schema, mentioned, seed)}" for seed in range(DATABASES)]
+    for seed in range(MOST_DATABASES):
+        yield f"{context}\n;{fill(schema, mentioned, seed)}"
 
 
 def judge(pool: SandboxPool, record: dict[str, Any], prediction: str) -> Verdict:
     """Run the gold query and the prediction on the record's databases, and compare their rows.
 
     For a SELECT the results are compared, as bags, or as sequences if the gold query orders at its top level; for an
-    INSERT, UPDATE or DELETE all tables afterwards. A prediction of the other kind is not allowed to run.
+    INSERT, UPDATE or DELETE all tables afterwards. A prediction of the other kind is not allowed to run. Random
+    databases are ``DATABASES``, and where a SELECT gives no row on them the next one on which it does.
     """
     edit = is_edit(record["sql"])
     ordered = is_ordered(record["sql"]) and not edit
-    correct = valid = True
+    golds: list[tuple[str, QueryResult]] = []
+    empty = not edit
     for context in databases(pool, record):
         gold = pool.run(context, record["sql"], edit=edit)
         if not gold.ok:
             return Verdict(False, False, gold.error)
+        empty &= not gold.rows
+        if gold.rows or len(golds) < DATABASES:
+            golds.append((context, gold))
+        if len(golds) >= DATABASES and not empty:
+            break
+    correct = valid = True
+    for context, gold in golds:
         said = pool.run(context, prediction, edit=edit)
         valid &= said.ok
         correct &= said.ok and same_rows(said.rows, gold.rows, ordered=ordered)
-    return Verdict(correct, valid, None)
+    return Verdict(correct, valid, None, empty)
 
 
 def evaluate(
@@ -110,8 +125,10 @@ def evaluate(
 
     ``execution_accuracy``, the primary metric: predictions whose rows are the gold query's. ``valid_sql``:
     predictions that run. Both are shares of the records whose gold query runs; ``gold_failures`` is the number of
-    the others, for which no prediction can be right. ``exact_match``: predictions that are the gold query but for
-    its spelling, of all records. ``truncated_prompts``: how many prompts were cut to fit into the model's context.
+    the others, for which no prediction can be right. ``empty_golds``: of how many of them the gold query gives no row
+    on any database, so that any query without rows counts as right. ``exact_match``: predictions that are the gold
+    query but for its spelling, of all records. ``truncated_prompts``: how many prompts were cut to fit into the model's
+    context.
 
     Raises:
         ValueError: If there is no record, or the gold query of every record fails.
@@ -125,7 +142,7 @@ def evaluate(
         model,
         tokenizer,
         [pair["prompt"] for pair in pairs],
-        max_new_tokens=min(_LONGEST_ANSWER, longest + 8),  # a longer answer is wrong, or wordy
+        max_new_tokens=longest + _MARGIN,
         batch_size=batch_size,
         description=description,
         context=context,
@@ -151,6 +168,7 @@ def evaluate(
         "exact_match": 100 * fmean(exact),
         "valid_sql": 100 * fmean(verdict.valid for verdict in ran),
         "gold_failures": len(errors),
+        "empty_golds": sum(verdict.empty for verdict in ran),
         "truncated_prompts": context.truncated,
     }
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 
 import sqlglot
 from sqlglot import exp
 from sqlglot.errors import SqlglotError, TokenError
-from sqlglot.tokenizer_core import TokenType
+from sqlglot.tokenizer_core import Token, TokenType
 
 from .sql_sandbox import Value
 
@@ -25,7 +27,11 @@ logging.getLogger("sqlglot").setLevel(
 MAX_CHARACTERS = 20_000
 _OPENING = (TokenType.L_PAREN, TokenType.L_BRACKET)
 _CLOSING = (TokenType.R_PAREN, TokenType.R_BRACKET)
+_ZERO = 2**12 * sys.float_info.epsilon
+"""What the order of its terms can make of a sum that is 0, for terms up to some thousands: a smaller float is 0."""
 _EDITS = (TokenType.INSERT, TokenType.UPDATE, TokenType.DELETE, TokenType.REPLACE)
+_AFTER_REPLACE = (TokenType.INTO, TokenType.STRING)
+"""REPLACE is a name but before INTO; at a query's beginning sqlglot has all that follows in one string."""
 
 
 def parse(query: str) -> exp.Expression | None:
@@ -67,8 +73,8 @@ def normalise(query: str, context: str = "") -> str:
         return " ".join(query.split()).rstrip("; ")
 
 
-def _top_level(query: str) -> list[TokenType]:
-    """The kinds of the tokens outside of all brackets; none if the query is no sequence of tokens."""
+def _top_level(query: str) -> list[Token]:
+    """The tokens outside of all brackets; none if the query is no sequence of tokens."""
     try:
         tokens = sqlglot.tokenize(query[:MAX_CHARACTERS], read="sqlite")
     except TokenError:
@@ -78,18 +84,26 @@ def _top_level(query: str) -> list[TokenType]:
     for token in tokens:
         depth += (token.token_type in _OPENING) - (token.token_type in _CLOSING)
         if depth == 0:
-            found.append(token.token_type)
+            found.append(token)
     return found
 
 
 def is_ordered(query: str) -> bool:
     """Whether the query orders its result: ORDER BY at its top level, not in a subquery or window."""
-    return TokenType.ORDER_BY in _top_level(query)
+    tokens = _top_level(query)
+    apart = any((a.text.upper(), b.text.upper()) == ("ORDER", "BY") for a, b in pairwise(tokens))  # by a comment
+    return apart or any(token.token_type == TokenType.ORDER_BY for token in tokens)
 
 
 def is_edit(query: str) -> bool:
     """Whether the statement, after its WITH clause if it has one, is an INSERT, UPDATE, DELETE or REPLACE."""
-    verbs = [kind for kind in _top_level(query) if kind in _EDITS or kind in (TokenType.SELECT, TokenType.VALUES)]
+    kinds = [token.token_type for token in _top_level(query)]
+    verbs = [
+        kind
+        for kind, after in pairwise([*kinds, TokenType.SEMICOLON])
+        if kind in (*_EDITS, TokenType.SELECT, TokenType.VALUES)
+        and (kind != TokenType.REPLACE or after in _AFTER_REPLACE)
+    ]
     return bool(verbs) and verbs[0] in _EDITS
 
 
@@ -97,7 +111,8 @@ def same_rows(left: Sequence[tuple[Value, ...]], right: Sequence[tuple[Value, ..
     """Whether two results are the same bag of rows, or with ``ordered`` the same sequence.
 
     Columns count in their order and without their names. 1 equals 1.0, and floats are compared by nine significant
-    digits, because a sum depends on the order of its terms; but a whole one beside an integer exactly.
+    digits, and below ``_ZERO`` as 0, because a sum depends on the order of its terms; but a whole one beside an integer
+    exactly.
     """
     exact = {i for row in (*left, *right) for i, value in enumerate(row) if isinstance(value, int)}
     a, b = ([tuple(_comparable(v, i in exact) for i, v in enumerate(row)) for row in rows] for rows in (left, right))
@@ -106,5 +121,6 @@ def same_rows(left: Sequence[tuple[Value, ...]], right: Sequence[tuple[Value, ..
 
 def _comparable(value: Value, exact: bool) -> Value:
     if isinstance(value, float):
+        value = 0.0 if abs(value) < _ZERO else value
         return int(value) if exact and value.is_integer() else float(f"{value:.9g}")
     return value

@@ -25,6 +25,8 @@ ROWS = 24
 
 _TRIES = 8
 _WORDS = "amber birch cedar dune ember fjord grove heath iris jade kelp lotus maple north opal pine quartz reed".split()
+_TIMES = re.compile("DATE|TIME")
+_NUMBERS = re.compile("INT|REAL|FLOA|DOUB|NUM|DEC|YEAR")
 _COMPARISONS = (exp.EQ, exp.NEQ, exp.GT, exp.GTE, exp.LT, exp.LTE, exp.Like, exp.Glob, exp.In, exp.Between)
 
 _SCHEMA = """
@@ -105,13 +107,13 @@ def mentioned_values(query: str, schema: dict[str, Table]) -> dict[str, list[str
     for node in tree.find_all(*_COMPARISONS) if tree is not None else ():
         columns, texts = [], []
         jokers = "%" if isinstance(node, exp.Like) else ""
-        for operand in node.iter_expressions():
-            if isinstance(operand, exp.Column) and operand.name.lower() in known:
-                columns.append(operand.name.lower())
-            elif isinstance(operand, exp.Column) and isinstance(operand.this, exp.Identifier) and operand.this.quoted:
-                texts.append(_text(operand.name.strip(jokers)))  # "x" is a string where nothing is x
-            elif isinstance(operand, exp.Literal):
-                texts += [_text(operand.name.strip(jokers))] if operand.is_string else _neighbours(operand.name)
+        for column in node.find_all(exp.Column):
+            if column.name.lower() in known:
+                columns.append(column.name.lower())
+            elif isinstance(column.this, exp.Identifier) and column.this.quoted:
+                texts.append(_text(column.name.strip(jokers)))  # "x" is a string where nothing is x
+        for literal in node.find_all(exp.Literal):
+            texts += [_text(literal.name.strip(jokers))] if literal.is_string else _neighbours(literal.name)
         for name in columns:
             found[name] += texts
     return found
@@ -131,14 +133,16 @@ def fill(schema: dict[str, Table], mentioned: dict[str, list[str]], seed: int) -
     """
     rng = random.Random(f"molf.sql_fill/{seed}")
     made: dict[str, list[dict[str, str]]] = {}
+    mentioned = _of_parents_too(schema, mentioned)
     for low in _parents_first(schema):
         table = schema[low]
         made[low] = []
         seen: set[tuple[str, ...]] = set()
         keys = [name for name, column in table.columns.items() if column.key]
+        words = {name: _same_named(name, schema, made) for name, column in table.columns.items() if _is_text(column)}
         for _ in range(rng.randrange(ROWS // 2, ROWS + 1)):
             for _ in range(_TRIES):
-                row = _row(table, made, mentioned, rng)
+                row = _row(table, made, mentioned, words, rng)
                 key = tuple(row[name] for name in keys) if row else ()
                 if row and (not keys or key not in seen):
                     made[low].append(row)
@@ -151,6 +155,26 @@ def fill(schema: dict[str, Table], mentioned: dict[str, list[str]], seed: int) -
             values = ", ".join(f"({', '.join(row[name] for name in schema[low].columns)})" for row in content)
             lines.append(f"INSERT OR IGNORE INTO {_quoted(schema[low].name)} ({names}) VALUES {values};")
     return "\n".join(lines)
+
+
+def _of_parents_too(schema: dict[str, Table], mentioned: dict[str, list[str]]) -> dict[str, list[str]]:
+    """The mentioned values, those of a foreign key for the columns that it refers to as well."""
+    found = {name: list(values) for name, values in mentioned.items()}
+    for table in schema.values():
+        for mine, to in (pair for key in table.foreign_keys for pair in key.columns if pair[0] != pair[1]):
+            found[to] = [*found.get(to, []), *mentioned.get(mine, [])]
+    return found
+
+
+def _same_named(name: str, schema: dict[str, Table], made: dict[str, list[dict[str, str]]]) -> list[str]:
+    """The values of that name in tables made before, where one's primary key has it: a reference that is not declared.
+
+    Numbers need it not: they are few enough to meet.
+    """
+    tables = [low for low, table in schema.items() if name in table.columns and _is_text(table.columns[name])]
+    if not any(schema[low].columns[name].key for low in tables):
+        return []
+    return [row[name] for low in tables for row in made.get(low, []) if row[name] != "NULL"]
 
 
 def _parents_first(schema: dict[str, Table]) -> list[str]:
@@ -169,7 +193,11 @@ def _parents_first(schema: dict[str, Table]) -> list[str]:
 
 
 def _row(
-    table: Table, made: dict[str, list[dict[str, str]]], mentioned: dict[str, list[str]], rng: random.Random
+    table: Table,
+    made: dict[str, list[dict[str, str]]],
+    mentioned: dict[str, list[str]],
+    words: dict[str, list[str]],
+    rng: random.Random,
 ) -> dict[str, str]:
     """A row as SQL literals; empty if the parents' rows do not fit together."""
     row: dict[str, str] = {}
@@ -185,22 +213,23 @@ def _row(
             row |= {mine: "NULL" for mine, _ in key.columns if not table.columns[mine].key and mine not in row}
     for name, column in table.columns.items():
         if name not in row:
-            row[name] = _literal(column, mentioned.get(name, []), rng)
+            row[name] = _literal(column, mentioned.get(name, []), words.get(name, []), rng)
     return row
 
 
-def _literal(column: Column, mentioned: list[str], rng: random.Random) -> str:
+def _literal(column: Column, mentioned: list[str], words: list[str], rng: random.Random) -> str:
     """A random SQL literal that suits the column's declared type."""
     if not column.key and not column.required and rng.random() < 0.05:
         return "NULL"
-    if mentioned and rng.random() < 0.5:
-        return rng.choice(mentioned)
+    for likely in (mentioned, words):
+        if likely and rng.random() < 0.5:
+            return rng.choice(likely)
     if "BOOL" in column.type:
         return str(rng.randrange(2))
-    if re.search("DATE|TIME", column.type):
+    if _TIMES.search(column.type):
         day = f"{rng.randrange(1990, 2024)}-{rng.randrange(1, 13):02}-{rng.randrange(1, 29):02}"
         return _text(f"{day} {rng.randrange(24):02}:{rng.randrange(60):02}:00" if "TIME" in column.type else day)
-    if "INT" in column.type or re.search("REAL|FLOA|DOUB|NUM|DEC|YEAR", column.type):
+    if _NUMBERS.search(column.type):
         if column.key:
             return str(rng.randrange(1, 3 * ROWS))
         whole = "INT" in column.type or rng.random() < 0.5
@@ -209,6 +238,10 @@ def _literal(column: Column, mentioned: list[str], rng: random.Random) -> str:
     if column.key:
         return _text(f"{word} {number}")
     return _text(rng.choice((word, word, word, f"{word} {number}", str(number))))  # numbers: some sum up a TEXT column
+
+
+def _is_text(column: Column) -> bool:
+    return not ("BOOL" in column.type or _TIMES.search(column.type) or _NUMBERS.search(column.type))
 
 
 def _neighbours(number: str) -> list[str]:

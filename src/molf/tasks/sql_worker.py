@@ -48,6 +48,7 @@ SCHEMA_PRAGMAS = frozenset({"table_info", "table_xinfo", "foreign_key_list", "in
 
 MAX_RESULT_BYTES = 16 << 20
 _SCHEMA_TABLES = "SELECT 1 FROM pragma_table_info('t'), pragma_foreign_key_list('t')"
+_JSON_TABLES = "SELECT 1 FROM json_each('[]'), json_tree('[]')"  # they read their argument and nothing else
 _LIMITS = {
     "SQLITE_LIMIT_LENGTH": 16 << 20,
     "SQLITE_LIMIT_SQL_LENGTH": 8 << 20,
@@ -130,6 +131,8 @@ def answer(context: str, query: str, edit: bool, timeout_s: float, max_rows: int
             connection.text_factory = lambda raw: raw.decode("utf-8", "backslashreplace")
             connection.execute("PRAGMA temp_store = MEMORY")
             connection.execute(_SCHEMA_TABLES)  # their first use declares them, which no policy allows
+            with contextlib.suppress(sqlite3.OperationalError):  # an SQLite that was built without JSON
+                connection.execute(_JSON_TABLES)
             if sys.version_info >= (3, 11):  # before, the authorizer and the process's limits stand alone
                 for name, value in _LIMITS.items():
                     connection.setlimit(getattr(sqlite3, name), value)

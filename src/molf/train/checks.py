@@ -33,6 +33,7 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "nonfinite_limit": (lambda limit: limit >= 1, "must be at least 1; to skip none, use stop"),
     "neftune_noise_alpha": (lambda alpha: alpha is None or 0 <= alpha < math.inf, "must be 0 or more, and finite"),
     "label_smoothing_factor": (lambda factor: 0 <= factor < 1, "must be 0 or more, and below 1"),
+    "max_length": (lambda size: size is None or size >= 1, "must be at least 1; longer sequences are cut to it"),
     "pad_to_multiple_of": (lambda size: size is None or size >= 1, "must be at least 1; without it nothing is rounded"),
 }
 """Options of SFTConfig and TrainArguments that are wrong whatever the others are: what is allowed, and the remedy."""

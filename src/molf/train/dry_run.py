@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 from ..optim import MoLFAdamW
 from ..optim.virtual import shares_storage
 from ..plan.memory import Plan, Workload, plan_method
+from ..plan.text import not_planned
 from .arguments import MethodArguments, TrainArguments
 from .load import naming
 from .run import train
@@ -34,12 +35,14 @@ class DryRun:
         plan: The estimate.
         batch: Sequences in the larger of the batches.
         length: Tokens per sequence of the longest batch.
+        optim: The optimizer's name, of methods that do not route.
     """
 
     measured: float
     plan: Plan
     batch: int
     length: int
+    optim: str
 
     @property
     def estimated(self) -> int:
@@ -120,7 +123,7 @@ def dry_run(method: MethodArguments, args: TrainArguments) -> DryRun:
     model = model_config(method, args)
     work = replace(workload(method, args, model, seen.length), batch=seen.batch)  # packed, or of few examples
     plan = plan_method(method.method, method.molf_config(args), work)
-    return DryRun(seen.peak_mib * 2**20, plan, seen.batch, seen.length)
+    return DryRun(seen.peak_mib * 2**20, plan, seen.batch, seen.length, work.optim)
 
 
 def compared(found: DryRun) -> str:
@@ -130,7 +133,7 @@ def compared(found: DryRun) -> str:
     return (
         f"a step of {found.batch} x {found.length} tokens took {measured:.1f} MiB at its peak; the estimate is "
         f"{estimated:.1f} MiB ({100 * (estimated / measured - 1):+.1f} %)\n"
-        f"estimated MiB: {kinds}"
+        f"estimated MiB: {kinds}" + "".join(f"\nwarning: {line}" for line in not_planned(found.optim))
     )
 
 
@@ -174,6 +177,7 @@ def workload(method: MethodArguments, args: TrainArguments, model: Any, length: 
         checkpointing=bool(args.activation_checkpointing),
         autocast=bool(args.bf16),
         fused="fused" in args.optim.value,
+        optim=args.optim.value,
         quantization=method.quantization,
         trust_remote_code=args.trust_remote_code,
     )

@@ -61,14 +61,25 @@ def claim(folder: Path, user: str, patience: int = 0) -> int:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a crash leaves the old file or the new one, never half of one; a device or pipe stays one."""
-    text = json.dumps(value, indent=2, default=str) + "\n"
+    """Write JSON as ``write_text`` does."""
+    write_text(path, json.dumps(value, indent=2, default=str) + "\n")
+
+
+def write_text(path: Path, text: str, errors: str = "strict") -> None:
+    """Write a file so that a crash leaves the old one or the new one, never half of one; a device or pipe stays one.
+
+    Args:
+        path: The file.
+        text: What will be in it, as UTF-8.
+        errors: What becomes of a character that UTF-8 does not have, as ``str.encode`` takes it.
+    """
+    content = text.encode("utf-8", errors)
     if path.exists() and not path.is_file():
-        path.write_text(text)
+        path.write_bytes(content)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".part")
-    partial.write_text(text)
+    partial.write_bytes(content)
     sync(partial)
     partial.replace(path)
     sync(path.parent)
