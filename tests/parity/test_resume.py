@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from models import causal_lm, lm_step
 from molf import MoLFConfig, ResumeError, create_molf_optimizer
 from molf.cli import main
 from molf.optim.quantized import is_quantized
+from molf.train.sampling import _Drawn
 
 DTYPES = ("float32", "bfloat16")
 HERE = Path(__file__).parent
@@ -143,6 +145,16 @@ def test_samples_by_length_are_drawn_from_seed_and_epoch(tmp_path: Path, strateg
     for name in ("seed", "data_seed"):
         other = train(tmp_path / name, f"--{name}", "7")
         assert any(not torch.equal(other[key], weight) for key, weight in whole.items())
+
+
+def test_epochs_of_samples_by_length_differ() -> None:
+    sampler = SimpleNamespace(generator=None)
+    args = SimpleNamespace(train_sampling_strategy="group_by_length", seed=3, data_seed=None)
+    orders = []
+    for epoch in (0.0, 1.0, 1.0):
+        _Drawn(sampler).on_epoch_begin(args, SimpleNamespace(epoch=epoch), None)
+        orders.append(torch.randperm(20, generator=sampler.generator).tolist())
+    assert orders[0] != orders[1] == orders[2]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of torchao
