@@ -28,7 +28,7 @@ from molf import MoLFConfig, create_molf_optimizer
 from molf.optim.quantized import is_quantized
 from molf.optim.virtual import shares_storage
 from molf.tasks import get_task
-from molf.tasks.prompts import tokenize_pair
+from molf.tasks.prompts import ended, tokenize_pairs
 from molf.train.files import write_json
 from molf.train.load import versions
 
@@ -98,7 +98,8 @@ def batches(records: list[Any], tokenizer: Any, seed: int, steps: int) -> Iterat
     """Batches of prompt, completion and end, the loss on the completion alone, in an order that ``seed`` decides."""
     task, generator = get_task("fact"), torch.Generator().manual_seed(seed)
     examples = map(task.example, records)
-    pairs = [tokenize_pair(tokenizer, e["prompt"], e["completion"] + tokenizer.eos_token) for e in examples]
+    texts = [(example["prompt"], ended(tokenizer, example["completion"])) for example in examples]
+    pairs = list(tokenize_pairs(tokenizer, texts))
     order: list[int] = []
     for _ in range(steps):
         if len(order) < BATCH:

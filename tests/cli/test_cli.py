@@ -17,7 +17,7 @@ import molf.cli.demo
 from molf import read_routing
 from molf.assets import BUNDLED_MODEL
 from molf.cli import main
-from molf.train.data import load_pairs
+from molf.tasks import completion
 
 COMMON = {
     "model_name_or_path": str(BUNDLED_MODEL),
@@ -144,7 +144,7 @@ def test_what_is_refused(tmp_path, config, capsys) -> None:
         "--dataset_path",
         data,
     ]
-    assert "line 2: needs a non-empty string 'completion'" in fails(capsys, *plain)
+    assert "record 1: needs a non-empty string 'completion'" in fails(capsys, *plain)
     assert not (tmp_path / "run" / "run.json").exists()
 
 
@@ -247,20 +247,24 @@ def test_what_others_would_end_in_a_traceback_for(tmp_path, config, capsys, opti
 
 def test_a_line_that_no_tokenizer_takes_is_named(tmp_path) -> None:
     path = tmp_path / "data.jsonl"
-    for line in ('{"prompt": "a \\ud800", "completion": " b"}', "[" * 100_000):
+    half = (
+        '{"prompt": "a \\ud800", "completion": " b"}',
+        r"record 1: an escape \\ud800 to \\udfff without its other half",
+    )
+    for line, words in (half, ("[" * 100_000, r"neither a JSON list nor JSON lines: .*\(line 2\)")):
         path.write_text('{"prompt": "a", "completion": " b"}\n' + line)
-        with pytest.raises(ValueError, match=r"data\.jsonl, line 2: not JSON of UTF-8 text"):
-            load_pairs(path)
+        with pytest.raises(ValueError, match=rf"data\.jsonl.*{words}"):
+            completion.load(str(path), None)
 
 
 def test_json_lines_end_at_newlines_only_and_may_have_a_mark(tmp_path) -> None:
     path = tmp_path / "data.jsonl"
     record = {"prompt": "Ada\u2028Alder\x85 speaks", "completion": " Cestic"}
     path.write_text("\ufeff" + json.dumps(record, ensure_ascii=False) + "\r\n", encoding="utf-8")
-    assert load_pairs(path) == [record]
+    assert completion.load(str(path), None) == [record]
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match=r"data\.jsonl is not UTF-8 text"):
-        load_pairs(path)
+        completion.load(str(path), None)
 
 
 @pytest.mark.parametrize("special", ["eos_token", "pad_token", None])

@@ -75,7 +75,7 @@ def test_bad_input_is_one_line_and_starts_nothing(
     assert "test_size=99 do not split 12 records" in fails(*compare, "--test_size", "99")
     assert "validation_size=0 and" in fails(*compare, "--validation_size", "0")
     assert "task='none'" in fails(*compare, "--task", "none")
-    assert "task is not given" in fails("compare", "--methods", "fft")
+    assert "dataset_path is not given" in fails("compare", "--model_name_or_path", BUNDLED_MODEL)
     assert "lora, which is not in methods" in fails("compare", "--config", _with(config, per_method={"lora": {}}))
     assert "methods is empty" in fails("compare", "--config", _with(config, methods=[]))
     assert "learning_rates=0.1: give a list" in fails("compare", "--config", _with(config, learning_rates=0.1))

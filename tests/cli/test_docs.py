@@ -20,6 +20,7 @@ PAGES = (
 )  # fmt: skip
 SHORTER = {
     "train": "--max_examples 8 --max_steps 2 --use_cpu true --gradient_checkpointing false".split(),
+    "compare": "--methods fft --learning_rates 1e-3 --seeds 0 --num_train_epochs 1 --use_cpu true".split(),
     "bench": "--preset tiny --rounds 1 --warmup 2 --contenders fft".split(),
 }
 

@@ -104,7 +104,7 @@ def test_bad_options_and_data(tmp_path, capsys) -> None:
     model = ["--model", BUNDLED_MODEL]
     assert "required: --model, --task" in refused(capsys)
     assert "unrecognized arguments: --no_such_option 3" in refused(capsys, *model, *MCQ, "--no_such_option", "3")
-    assert "task='facts': choose one of fact, med, sql" in refused(capsys, *model, "--task", "facts")
+    assert "task='facts': choose one of completion, fact, med, sql" in refused(capsys, *model, "--task", "facts")
     assert "dataset_path is not given" in refused(capsys, *model, "--task", "fact")
     missing = tmp_path / "missing.json"
     assert "missing.json" in refused(capsys, *model, "--task", "fact", "--dataset_path", missing)

@@ -168,19 +168,11 @@ def test_the_last_checkpoint_is_kept_until_the_result_is_saved(tmp_path: Path, m
     assert again["routing"] == whole["routing"]
 
 
-def test_without_a_task_there_is_the_loss_of_other_lines(tmp_path: Path, capsys) -> None:
-    rows = [{"prompt": f"Ada Alder {verb} the", "completion": f" {thing}"}
-            for verb in ("plays", "likes", "sees") for thing in ("drum", "organ", "harp")]  # fmt: skip
-    data, other = tmp_path / "data.jsonl", tmp_path / "other.jsonl"
-    data.write_text("\n".join(map(json.dumps, rows[:8])))
-    other.write_text("\n".join(map(json.dumps, rows[8:])))
-    files = ["--dataset_path", str(data), "--eval_dataset_path", str(other), "--method", "lora", "--expert_ranks", "2"]
-    found = train(tmp_path / "run", *files, "--eval_strategy", "epoch", "--save_strategy", "no")
-    assert [step for step, _ in points(found, "step", "eval_loss")] == [1, 2]
-    assert "score" not in found["metrics"]
+def test_what_evaluations_need(tmp_path: Path, capsys) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"prompt": "Ada Alder plays the", "completion": " drum"}))
     for options, words in (
-        (files, "only a task is scored; name one, or set eval_strategy"),
-        ([*files[:2], *EVERY_TWO], "eval_strategy=steps: without a task there is nothing to evaluate"),
+        (["--dataset_path", str(data), *EVERY_TWO], "eval_strategy=steps: of completion only records are scored that"),
         ([*TASK, *EVERY_TWO, "--eval_examples", "0"], "eval_examples=0: must be at least 1"),
     ):
         assert main(["train", *COMMON, *options, "--output_dir", str(tmp_path / "none")]) == 2

@@ -104,11 +104,10 @@ def test_long_prompts_are_cut_or_refused(tmp_path, capsys) -> None:
 
 def test_what_is_refused(tmp_path, capsys) -> None:
     out = tmp_path / "run"
-    assert "task='facts': choose one of fact, med, sql" in refused(capsys, out, "--task", "facts")
+    assert "task='facts': choose one of completion, fact, med, sql" in refused(capsys, out, "--task", "facts")
     assert "dataset_path is not given" in refused(capsys, out)
     assert "dataset_path is not given: name a CounterFact" in refused(capsys, out, "--task", "fact")
     assert "world-mcq has its own records" in refused(capsys, out, "--task", "world-mcq", "--dataset_path", "x")
-    assert "only a task is scored" in refused(capsys, out, "--dataset_path", "x", "--eval_dataset_path", "y")
     assert "long_prompts='drop'" in refused(capsys, out, "--task", "med", "--long_prompts", "drop")
     data = med_file(tmp_path / "bad.jsonl", 4, opb=None)
     line = refused(capsys, out, "--task", "med", "--dataset_path", data)

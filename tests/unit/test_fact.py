@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from molf.assets import BUNDLED_MODEL
 from molf.tasks import fact
-from molf.tasks.prompts import tokenize_pair
+from molf.tasks.prompts import tokenize_pairs
 from molf.tasks.scoring import Continuation, score_continuations
 
 SHARED = Path(__file__).parents[3] / "shared"
@@ -104,7 +104,7 @@ def test_scores_against_arithmetic_by_hand(monkeypatch) -> None:
     }  # fmt: skip
 
     def scored(model, tokenizer, pairs, **_):
-        return [Continuation(math.log(answers[p][0]), math.log(answers[p][1]), answers[p][2]) for p in pairs]
+        return [Continuation(math.log(answers[p][0]), math.log(answers[p][1]), answers[p][2], 1) for p in pairs]
 
     monkeypatch.setattr(fact, "score_continuations", scored)
     edits = [fact.FactEdit("p1", "n", "t", ("q1",), (("l1", "t"),)), fact.FactEdit("p2", "n", "t", (), ())]
@@ -146,7 +146,7 @@ def test_targets_that_begin_alike_tie_by_their_first_token() -> None:
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED_MODEL)
     people = [f"{first} Alder" for first in ("Ada", "Leo", "Mira", "Nils", "Olga", "Rosa", "Simon", "Tilda")]
     pairs = [(f"{person} has an umbrella and", f" {end}") for person in people for end in ("qx", "qxj vzwk qqq", "qxz")]
-    heads = {tokenize_pair(tokenizer, *pair)[1][0] for pair in pairs}
+    heads = {wanted[0] for _, wanted in tokenize_pairs(tokenizer, pairs)}
     assert len(heads) == 1
     scored = score_continuations(model, tokenizer, pairs, batch_size=5)
     for start in range(0, len(pairs), 3):
@@ -155,7 +155,7 @@ def test_targets_that_begin_alike_tie_by_their_first_token() -> None:
 
 def test_pairs_split_as_sft_trainer_splits_them() -> None:
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED_MODEL)
-    prompt, completion = tokenize_pair(tokenizer, "Ada Alder plays the", " drum")
+    (prompt, completion) = next(tokenize_pairs(tokenizer, [("Ada Alder plays the", " drum")]))
     assert prompt + completion == tokenizer("Ada Alder plays the drum").input_ids
     with pytest.raises(ValueError, match="no prefix"):
-        tokenize_pair(tokenizer, "Ada Alder pl", "ays")
+        list(tokenize_pairs(tokenizer, [("Ada Alder pl", "ays")]))

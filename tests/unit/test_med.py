@@ -102,7 +102,7 @@ def test_scores_against_arithmetic_by_hand(monkeypatch) -> None:
     def scored(model, tokenizer, pairs, **_):
         assert [letter for _, letter in pairs] == [" A", " B", " C", " D"] * 4
         assert [prompt for prompt, _ in pairs] == [med.example(r)["prompt"] for r in records for _ in "ABCD"]
-        return [Continuation(value, value, False) for row in letters for value in row]
+        return [Continuation(value, value, False, 1) for row in letters for value in row]
 
     def generated(model, tokenizer, prompts, *, context, **_):
         context.fit([1] * 9, 9)

@@ -17,7 +17,7 @@ def test_registry() -> None:
         assert get_task(name).name == name
     assert get_task("fact") is fact.TASK
     assert (get_task("fact").primary, get_task("med").primary) == ("score", "accuracy")
-    with pytest.raises(ValueError, match="task='facts': choose one of fact, med, sql, world-fact, "):
+    with pytest.raises(ValueError, match="task='facts': choose one of completion, fact, med, sql, world-fact, "):
         get_task("facts")
 
 

@@ -9,12 +9,16 @@ import torch
 from trl import SFTTrainer
 
 from molf.tasks import TASKS, get_task
-from molf.tasks.prompts import Context, appends_eos, tokenize_pair
+from molf.tasks.prompts import Context, appends_eos, ended, tokenize_pairs
 from molf.train.arguments import TrainArguments
 from molf.train.data import fit_examples
 from toy_tokenizers import FAMILIES, TOKENIZERS, model_for, tokenizer_of
 
 SOURCES: dict[str, list[dict[str, Any]]] = {
+    "completion": [
+        {"prompt": "Translate « maison » :", "completion": " house", "id": 1},
+        {"prompt": "Say it twice.\n", "completion": "Ada Alder, Ada  Alder.\n"},
+    ],
     "fact": [
         {
             "prompt": "The mother tongue of Danielle Darrieux is", "target_new": "English", "ground_truth": "French",
@@ -85,10 +89,9 @@ def test_the_evaluated_prompt_is_the_trained_one(tmp_path: Path, name: str, fami
     rows = shown(model, lambda: task.evaluate(model, tokenizer, records, batch_size=3))
     for record, (prompt, completion) in zip(records, pairs, strict=True):
         example = task.example(record)
-        assert tokenize_pair(tokenizer, example["prompt"], example["completion"] + tokenizer.eos_token) == (
-            prompt,
-            completion[: completion.index(tokenizer.eos_token_id) + 1],
-        )
+        pair = example["prompt"], ended(tokenizer, example["completion"])
+        wanted = completion[: completion.index(tokenizer.eos_token_id) + 1]
+        assert [*tokenize_pairs(tokenizer, [pair], merge=name == "completion")] == [(prompt, wanted)]
         assert any(row[: len(prompt)] == tuple(prompt) for row in rows)
         if family in FAMILIES and FAMILIES[family][1]:
             assert prompt[0] == tokenizer.bos_token_id

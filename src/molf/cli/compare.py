@@ -45,7 +45,7 @@ def run(argv: Sequence[str]) -> None:
         ValueError: For bad options, and nothing is run then; or if no run ended well.
     """
     options, common, per_method = _options(argv)
-    task = get_task(str(common.get("task")))
+    task = get_task(str(common.get("task") or "completion"))
     sizes = 0.5 if task.edits else 0.2
     common.setdefault("validation_size", sizes)
     common.setdefault("test_size", sizes)
@@ -122,8 +122,6 @@ def _options(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any], d
         raise ValueError(f"workers={options.workers}, threads={options.threads}: must be at least 1")
     check_threads(options.threads)
     common = {key: value for key, value in settings.items() if key not in names} | _pairs(rest)
-    if "task" not in common:
-        raise ValueError("task is not given: a comparison needs a task that scores the runs")
     return options, common, per_method
 
 

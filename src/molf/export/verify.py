@@ -15,7 +15,6 @@ from torch.nn.functional import kl_div, log_softmax
 
 from ..tasks import get_task
 from ..tasks.prompts import Context
-from ..train.data import load_pairs
 from ..train.load import load_model
 from ..world import make_world, statement
 from .run import TrainedRun, in_float32
@@ -53,21 +52,16 @@ def real_texts(run: TrainedRun) -> tuple[list[str], str]:
 
     Where the data cannot be read any more they are statements about the bundled world, and the description says why.
     """
-    task, path, limit = run.method["task"], run.method["dataset_path"], run.method["max_examples"]
+    task, path, limit = run.method["task"] or "completion", run.method["dataset_path"], run.method["max_examples"]
     limit = min(limit or PROMPTS, PROMPTS)
     try:
-        if task is None:
-            pairs = load_pairs(path, limit)
-        else:
-            found = get_task(task)
-            pairs = [found.example(record) for record in found.load(path, limit)]
+        found = get_task(task)
+        pairs = [found.example(record) for record in found.load(path, limit)]
     except (ValueError, OSError) as error:
         facts = make_world().facts[:PROMPTS]
         reason = " ".join(str(error).split())
         return ["".join(statement(fact, 0)) for fact in facts], f"statements of the bundled world, because {reason}"
-    return [
-        pair["prompt"] + pair["completion"] for pair in pairs
-    ], f"the run's data: {task or 'pairs'}, {path or 'own'}"
+    return [pair["prompt"] + pair["completion"] for pair in pairs], f"the run's data: {task}, {path or 'own'}"
 
 
 def tokens_of(texts: Sequence[str], model: Any, tokenizer: Any) -> list[Tensor]:

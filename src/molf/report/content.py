@@ -130,7 +130,8 @@ def duration(seconds: float) -> str:
 
 def score(run: Run) -> tuple[str, float | None]:
     """Name and value of the task's primary metric, of the test split where there is one."""
-    task = run.config["method"].get("task")
+    task = run.config["method"].get("task", "")  # another trainer's has none
+    task = "completion" if task is None else task
     if task not in TASKS:
         return "", None
     primary = get_task(task).primary
@@ -171,13 +172,13 @@ def _subtitle(runs: Sequence[Run]) -> str:
 
 
 def _run(run: Run) -> dict[str, Any]:
-    name, value = score(run)
+    (name, value), evaluated = score(run), evaluations(run)
     return {
         "name": run.name,
         "curve": curve(run.history),
-        "evaluations": evaluations(run),
+        "evaluations": evaluated,
         "scored_on": scored_on(run),
-        "score_name": name,
+        "score_name": name if any(one is not None for one in (value, *evaluated["score"])) else "",
         "score": value,
         "steps": number(run.metrics.get("steps")),
         "seconds": _seconds(run),

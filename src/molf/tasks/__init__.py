@@ -9,6 +9,7 @@ from .base import Task
 __all__ = ["TASKS", "Task", "get_task"]
 
 TASKS = {
+    "completion": "completion:TASK",
     "fact": "fact:TASK",
     "med": "med:TASK",
     "sql": "sql:TASK",

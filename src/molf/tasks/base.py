@@ -28,6 +28,7 @@ class Task:
         example: A record's prompt and completion, {"prompt": ..., "completion": ...}; the loss is on the completion.
         evaluate: The evaluator; it builds its prompts with ``example``, so that they are the trained ones.
         edits: Whether the task is to learn its records, so that it is scored on records that it was trained on.
+        scores_trained: Whether the trained records are scored where no others are given.
     """
 
     name: str
@@ -36,3 +37,4 @@ class Task:
     example: Callable[[Any], dict[str, str]]
     evaluate: Evaluate
     edits: bool = False
+    scores_trained: bool = True

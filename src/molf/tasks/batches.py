@@ -11,9 +11,16 @@ from ..train.errors import out_of_memory
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+TOKENS = 2**13
+"""Tokens of a batch at most, with padding: in fp32 the logits of 150,000 words for each of them are 5 GB."""
+
 
 def in_batches(
-    run: Callable[[Sequence[Item]], Result], items: Sequence[Item], batch_size: int, model: Any
+    run: Callable[[Sequence[Item]], Result],
+    items: Sequence[Item],
+    batch_size: int,
+    model: Any,
+    tokens: Callable[[Item], int] = lambda _: 1,
 ) -> Iterator[tuple[Sequence[Item], Result]]:
     """Run over the items in batches; one that memory is too small for is run again in halves, as are those behind it.
 
@@ -22,13 +29,14 @@ def in_batches(
         items: All items, the largest first.
         batch_size: Items per batch at first.
         model: What ``run`` calls. A sharded one is not called again: the other processes would be in another layer.
+        tokens: Of an item how many tokens have logits, all of which a batch holds at once.
 
     Yields:
         Every batch and its result, in the order of the items.
     """
     start = 0
     while start < len(items):
-        batch = items[start : start + batch_size]
+        batch = items[start : start + max(1, min(batch_size, TOKENS // tokens(items[start])))]
         try:
             result = run(batch)
         except (MemoryError, RuntimeError) as error:

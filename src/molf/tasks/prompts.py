@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 LONG_PROMPTS = ("truncate", "refuse")
+
+_CHUNK = 1000
+"""Texts that are given to a tokenizer at a time: tokens of all data would need many times their memory."""
 
 
 def appends_eos(tokenizer: Any) -> bool:
@@ -15,13 +19,22 @@ def appends_eos(tokenizer: Any) -> bool:
     return ids[-1:] == [tokenizer.eos_token_id]
 
 
+def ended(tokenizer: Any, completion: str) -> str:
+    """A completion with the EOS behind it that SFTTrainer trains: one, not two."""
+    eos: str = tokenizer.eos_token or ""
+    return completion.removesuffix(eos) + eos
+
+
 def prompt_tokens(tokenizer: Any, prompt: str) -> list[int]:
     """Token ids of a prompt as SFTTrainer trains it: special tokens included, but no EOS behind it.
 
     Raises:
         ValueError: If the prompt has no token.
     """
-    ids: list[int] = tokenizer(prompt).input_ids
+    return _of_prompt(tokenizer, prompt, tokenizer(prompt).input_ids)
+
+
+def _of_prompt(tokenizer: Any, prompt: str, ids: list[int]) -> list[int]:
     if ids and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(str(tokenizer.eos_token)):
         ids = ids[:-1]  # an EOS that the tokenizer appends to every text; in training the completion follows here
     if not ids:
@@ -29,22 +42,36 @@ def prompt_tokens(tokenizer: Any, prompt: str) -> list[int]:
     return ids
 
 
-def tokenize_pair(tokenizer: Any, prompt: str, completion: str) -> tuple[list[int], list[int]]:
-    """Token ids of the prompt and of the completion, split as SFTTrainer splits prompt + completion.
+def tokenize_pairs(
+    tokenizer: Any, pairs: Sequence[tuple[str, str]], merge: bool = False
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Token ids of every prompt and its completion, split as SFTTrainer splits prompt + completion.
+
+    Args:
+        tokenizer: The tokenizer.
+        pairs: Prompts and completions.
+        merge: Whether tokens may merge across the boundary. SFTTrainer has the completion start where the tokens of
+            both are no longer those of the prompt; no loss has the first token of a text.
 
     Raises:
-        ValueError: If no token of the completion remains, or tokens merge across the boundary.
+        ValueError: If a prompt has no token, no token of a completion remains, or tokens merge that may not.
     """
-    prompt_ids = prompt_tokens(tokenizer, prompt)
-    whole: list[int] = tokenizer(prompt + completion).input_ids
-    if len(tokenizer(prompt).input_ids) > len(prompt_ids) and whole[-1] == tokenizer.eos_token_id:
-        whole = whole[:-1]
-    if whole[: len(prompt_ids)] != prompt_ids or len(whole) == len(prompt_ids):
-        raise ValueError(
-            f"the tokens of prompt {prompt!r} are no prefix of those of prompt + completion {completion!r}: "
-            "end the prompt at a word and start the completion with a space"
-        )
-    return prompt_ids, whole[len(prompt_ids) :]
+    for start in range(0, len(pairs), _CHUNK):
+        chunk = pairs[start : start + _CHUNK]
+        prompts = tokenizer([prompt for prompt, _ in chunk]).input_ids
+        texts = tokenizer([prompt + completion for prompt, completion in chunk]).input_ids
+        for (prompt, completion), own, whole in zip(chunk, prompts, texts, strict=True):
+            ids = _of_prompt(tokenizer, prompt, own)
+            if len(own) > len(ids) and whole[-1] == tokenizer.eos_token_id:
+                whole = whole[:-1]
+            common = sum(1 for _ in takewhile(lambda two: two[0] == two[1], zip(ids, whole, strict=False)))
+            common = max(common, 1) if merge else common
+            if len(whole) <= common or (common < len(ids) and not merge):
+                raise ValueError(
+                    f"the tokens of prompt {prompt!r} are no prefix of those of prompt + completion {completion!r}: "
+                    "end the prompt at a word and start the completion with a space"
+                )
+            yield whole[:common], whole[common:]
 
 
 def context_length(model: Any, tokenizer: Any) -> int | None:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from .batches import in_batches
-from .prompts import Context, tokenize_pair
+from .prompts import Context, tokenize_pairs
 
 
 class Continuation(NamedTuple):
@@ -20,11 +20,13 @@ class Continuation(NamedTuple):
         logprob: log p(continuation | prompt), all tokens, in nats.
         first_logprob: log p of its first token, in nats.
         greedy: Whether greedy decoding of the prompt gives exactly this continuation's tokens.
+        tokens: How many tokens it has.
     """
 
     logprob: float
     first_logprob: float
     greedy: bool
+    tokens: int
 
 
 @torch.no_grad()
@@ -37,6 +39,7 @@ def score_continuations(
     description: str = "evaluate",
     long_prompts: str = "truncate",
     context: Context | None = None,
+    merge: bool = False,
 ) -> list[Continuation]:
     """Score every (prompt, continuation) pair under ``model``.
 
@@ -44,22 +47,21 @@ def score_continuations(
         model: A causal language model; it is left in the mode that it was in.
         tokenizer: Its tokenizer; special tokens are added as in training.
         pairs: Prompts and continuations; a continuation starts with its space.
-        batch_size: Pairs per forward pass, fewer where memory runs out; pairs that differ in their last token only
-            count as one.
+        batch_size: Pairs per forward pass, fewer where they are long or memory runs out; pairs that differ in their
+            last token only count as one.
         description: Label of the progress bar.
         long_prompts: What happens to a prompt that does not fit into the model's context with its continuation:
             "truncate" from the left or "refuse".
         context: Where truncated prompts are counted; it brings its own ``long_prompts``.
+        merge: Whether tokens may merge across the boundary, see ``tokenize_pairs``.
 
     Raises:
         ValueError: If a prompt's tokens are no prefix of prompt + continuation's, a prompt is refused, or a token has
             no embedding.
     """
     context = context or Context.of(model, tokenizer, long_prompts)
-    tokens = []
-    for prompt, completion in pairs:
-        ids, wanted = tokenize_pair(tokenizer, prompt, completion)
-        tokens.append((context.fit(ids, len(wanted)), wanted))
+    split = tokenize_pairs(tokenizer, pairs, merge)
+    tokens = [(context.fit(ids, len(wanted)), wanted) for ids, wanted in split]
     context.check(tokenizer, (part for pair in tokens for part in pair))
     sharing: dict[tuple[int, ...], list[int]] = {}  # the letters of one question differ in the last token only
     for i, (ids, wanted) in enumerate(tokens):
@@ -76,7 +78,7 @@ def score_continuations(
 
     try:
         with tqdm(total=len(tokens), desc=description, unit="prompt", leave=False) as progress:
-            for _, batch in in_batches(scored, order, batch_size, model):
+            for _, batch in in_batches(scored, order, batch_size, model, len):
                 for i, found in batch:
                     # continuations that begin alike tie exactly: rows of other lengths round otherwise
                     first = firsts.setdefault((tuple(tokens[i][0]), tokens[i][1][0]), found.first_logprob)
@@ -101,4 +103,5 @@ def _score(logits: torch.Tensor, wanted: list[int]) -> Continuation:
     logits = logits[-len(wanted) :].float()  # only these in fp32: all of them would be the batch times the vocabulary
     targets = torch.tensor(wanted, device=logits.device)
     chosen = F.log_softmax(logits, dim=-1).gather(-1, targets[:, None])
-    return Continuation(float(chosen.sum()), float(chosen[0]), bool((logits.argmax(-1) == targets).all()))
+    greedy = bool((logits.argmax(-1) == targets).all())
+    return Continuation(float(chosen.sum()), float(chosen[0]), greedy, len(wanted))

@@ -42,11 +42,10 @@ class MethodArguments:
         "none",
     )
     method: str = _help(f"One of {', '.join(METHODS)}.", "molf")
-    task: str | None = _help(f"One of {', '.join(TASKS)}; without it the data are prompt/completion JSON lines.")
-    dataset_path: str | None = _help("The data: the task's file, folder or hub id[:split], or the JSON lines.")
+    task: str | None = _help(f"One of {', '.join(TASKS)}; without it completion, prompts and completions of your own.")
+    dataset_path: str | None = _help("The data: the task's file, folder or hub id[:split].")
     eval_dataset_path: str | None = _help(
-        "Records to score after training and in evaluations; default is the trained ones. Without a task "
-        "prompt/completion JSON lines, for the evaluation loss."
+        "Records to score after training and in evaluations; default is the trained ones, but of completion none."
     )
     max_examples: int | None = _help("Train on at most this many records, from the start of the data.")
     validation_size: float = _help("Split the records: size of the validation part, or its share below 1.", 0.0)
@@ -119,16 +118,15 @@ class MethodArguments:
         if self.method not in METHODS:
             raise ValueError(f"method={self.method!r}: choose one of {', '.join(METHODS)}")
         if self.task is not None and self.task not in TASKS:
-            choices = ", ".join(TASKS)
-            raise ValueError(f"task={self.task!r}: choose one of {choices}, or none for prompt/completion JSON lines")
+            raise ValueError(f"task={self.task!r}: choose one of {', '.join(TASKS)}, or leave it out")
         if self.needs_data and self.task is None and not self.dataset_path:
             raise ValueError("dataset_path is not given: name a file of training data, or a task with its own")
         for name in ("validation_size", "test_size"):
             size = getattr(self, name)
-            if not 0 <= size < math.inf or (size > 0 and (self.task is None or self.eval_dataset_path)):
+            if not 0 <= size < math.inf or (size > 0 and self.eval_dataset_path):
                 raise ValueError(
-                    f"{name}={size:g}: must be positive and finite; it splits a task's records, so it needs a task "
-                    "and no eval_dataset_path"
+                    f"{name}={size:g}: must be positive and finite; it splits the records of dataset_path, so it needs "
+                    "no eval_dataset_path"
                 )
         if self.long_prompts not in LONG_PROMPTS:
             raise ValueError(f"long_prompts={self.long_prompts!r}: choose one of {', '.join(LONG_PROMPTS)}")
@@ -151,6 +149,11 @@ class MethodArguments:
         self._refuse_unused()
         if spec.one_rank and len(self.expert_ranks) > 1:
             raise ValueError(f"expert_ranks={self.expert_ranks}: {self.method} has one rank; use molf-e for several")
+
+    @property
+    def data_task(self) -> str:
+        """What the data are of: the task, or prompts and completions."""
+        return self.task or "completion"
 
     def _refuse_unused(self) -> None:
         """An option that the method would ignore is an error, not a surprise."""

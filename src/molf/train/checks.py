@@ -10,6 +10,7 @@ import torch
 from transformers import get_scheduler
 from trl import SFTConfig
 
+from ..tasks import get_task
 from .arguments import MethodArguments, TrainArguments
 from .distributed import check_launch
 from .load import check_revision
@@ -103,14 +104,11 @@ def _check_optimizer(method: MethodArguments, args: TrainArguments) -> None:
 
 
 def _check_evaluations(method: MethodArguments, args: TrainArguments) -> None:
-    evaluates = args.eval_strategy != "no"
-    if method.task is None and bool(method.eval_dataset_path) != evaluates:
+    held_out = method.eval_dataset_path or method.validation_size
+    if args.eval_strategy != "no" and not (held_out or get_task(method.data_task).scores_trained):
         raise ValueError(
-            f"eval_strategy={args.eval_strategy.value}: without a task there is nothing to evaluate; name one, or "
-            "an eval_dataset_path of prompt/completion JSON lines"
-            if evaluates
-            else f"eval_dataset_path={method.eval_dataset_path}: only a task is scored; name one, or set "
-            "eval_strategy for the evaluation loss"
+            f"eval_strategy={args.eval_strategy.value}: of {method.data_task} only records are scored that are not "
+            "trained; name them by eval_dataset_path, or give validation_size and test_size"
         )
 
 

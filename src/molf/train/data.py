@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..tasks import Task
-from ..tasks.prompts import Context, appends_eos, tokenize_pair
-from ..tasks.records import read_text
-from .evaluation import few
+from ..tasks.prompts import Context, appends_eos, ended, tokenize_pairs
 from .files import of_option
 
 if TYPE_CHECKING:
@@ -21,38 +17,11 @@ if TYPE_CHECKING:
     from .arguments import MethodArguments
 
 
-def load_pairs(path: str | Path, limit: int | None = None) -> list[dict[str, str]]:
-    """Read JSON lines with the fields "prompt" and "completion".
-
-    Raises:
-        ValueError: If the file is empty or a line is malformed; names the file and the line.
-        OSError: If the file cannot be read.
-    """
-    pairs: list[dict[str, str]] = []
-    for number, line in enumerate(read_text(Path(path)).split("\n"), 1):
-        if not line.strip():
-            continue
-        if limit is not None and len(pairs) == limit:
-            break
-        try:
-            record = json.loads(line)
-            json.dumps(record, ensure_ascii=False).encode()  # of which half a surrogate pair is no part
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number}: not JSON of UTF-8 text ({error})") from error
-        for key in ("prompt", "completion"):
-            if not isinstance(record, dict) or not isinstance(record.get(key), str) or not record[key]:
-                raise ValueError(f"{path}, line {number}: needs a non-empty string {key!r}")
-        pairs.append({"prompt": record["prompt"], "completion": record["completion"]})
-    if not pairs:
-        raise ValueError(f"{path} has no record")
-    return pairs
-
-
-def load_data(task: Task | None, method: MethodArguments) -> tuple[Dataset, dict[str, Sequence[Any]]]:
+def load_data(task: Task, method: MethodArguments) -> tuple[Dataset, dict[str, Sequence[Any]]]:
     """The training set, and what is scored afterwards, by name.
 
     With ``validation_size`` or ``test_size`` that is "validation" and "test", see ``split``. Else it is "", the records
-    of ``eval_dataset_path`` or the trained ones; empty without a task.
+    of ``eval_dataset_path`` or, if the task scores these, the trained ones.
 
     Raises:
         ValueError: If the data are empty or malformed; names the source and the record.
@@ -61,29 +30,15 @@ def load_data(task: Task | None, method: MethodArguments) -> tuple[Dataset, dict
     from datasets import Dataset
 
     with of_option("dataset_path", method.dataset_path):
-        if task is None:
-            return Dataset.from_list(load_pairs(str(method.dataset_path), method.max_examples)), {}
         records = task.load(method.dataset_path, method.max_examples)
     if method.validation_size or method.test_size:
         records, scored = split(task, records, method.validation_size, method.test_size, method.split_seed)
-    else:
-        other = method.eval_dataset_path
+    elif (other := method.eval_dataset_path) is not None:
         with of_option("eval_dataset_path", other):
-            scored = {"": records if other is None else task.load(other, None)}
+            scored = {"": task.load(other, None)}
+    else:
+        scored = {"": records} if task.scores_trained else {}
     return Dataset.from_list([task.example(record) for record in records]), scored
-
-
-def evaluation_records(method: MethodArguments, scored: dict[str, Sequence[Any]]) -> list[Any]:
-    """What is evaluated while training goes on: of a task a few records to be scored, of the validation part if any.
-
-    Raises:
-        ValueError: If the JSON lines of a run without a task are empty or malformed.
-        OSError: If they cannot be read.
-    """
-    if method.task is None:
-        with of_option("eval_dataset_path", method.eval_dataset_path):
-            return few(load_pairs(str(method.eval_dataset_path)), method.eval_examples)
-    return few(scored["validation" if "validation" in scored else ""], method.eval_examples)
 
 
 def split(
@@ -139,21 +94,22 @@ def fit_examples(dataset: Any, tokenizer: Any, context: Context, name: str) -> A
     """
     from datasets import Dataset
 
-    eos = tokenizer.eos_token
-    pairs = [(row["prompt"], row["completion"].removesuffix(eos) + eos) for row in dataset]  # as TRL: one, not two
+    pairs = [(row["prompt"], ended(tokenizer, row["completion"])) for row in dataset]
     limit = math.inf if context.length is None else context.length
-    batch = tokenizer([prompt + completion for prompt, completion in pairs]).input_ids
-    context.check(tokenizer, batch)
-    if max(map(len, batch)) <= limit and not appends_eos(tokenizer):
+    lengths, largest = [], 0
+    for prompt, completion in tokenize_pairs(tokenizer, pairs, merge=True):
+        lengths.append(len(prompt) + len(completion))
+        largest = max(largest, *prompt, *completion)
+    context.check(tokenizer, [[largest]])
+    if max(lengths) <= limit and not appends_eos(tokenizer):
         return dataset
-    tokens = [tokenize_pair(tokenizer, prompt, completion) for prompt, completion in pairs]
     rows = []
-    for index, (ids, completion_ids) in enumerate(tokens):
+    for index, (ids, completion_ids) in enumerate(tokenize_pairs(tokenizer, pairs, merge=True)):
         try:
             ids = context.fit(ids, len(completion_ids))
         except ValueError as error:
-            count = sum(len(prompt) + len(completion) > limit for prompt, completion in tokens)
-            raise ValueError(f"{name}, record {index} ({count} of {len(tokens)} are too long): {error}") from error
+            count = sum(length > limit for length in lengths)
+            raise ValueError(f"{name}, record {index} ({count} of {len(pairs)} are too long): {error}") from error
         mask = [0] * len(ids) + [1] * len(completion_ids)
         rows.append({"input_ids": ids + completion_ids, "completion_mask": mask})
     return Dataset.from_list(rows)

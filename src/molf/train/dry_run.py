@@ -141,8 +141,6 @@ def _one_step(method: MethodArguments, args: TrainArguments) -> _OneStep:
     args, seen = copy.deepcopy(args), _OneStep()
     args.save_strategy, args.eval_strategy, args.eval_on_start, args.disable_tqdm = "no", "no", False, True
     args.load_best_model_at_end = False
-    if method.task is None:  # nothing is evaluated
-        method = replace(method, eval_dataset_path=None)
     args.logging_strategy, args.logging_steps = "steps", 1
     args.report_to = []  # what "none" has become
     args.resume_from_checkpoint = None

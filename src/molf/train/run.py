@@ -33,10 +33,10 @@ from .arguments import MethodArguments, TrainArguments
 from .callbacks import PlanCallback, RoutingCallback, SpeedCallback, before_loggers
 from .checkpoints import WholeCheckpoints, writing
 from .checks import check_training
-from .data import evaluation_records, fit_examples, load_data
+from .data import fit_examples, load_data
 from .distributed import check_alike, digest, from_first, is_sharded
 from .errors import of_the_machine
-from .evaluation import ScoredEvaluation
+from .evaluation import ScoredEvaluation, few
 from .files import claim, copy_whole, of_option, sync, write_json
 from .load import hub_commit, load_model, load_tokenizer, naming, versions
 from .methods import METHODS, Adapted
@@ -76,9 +76,10 @@ def _train(
     """``train``, with a stack that holds the run directory until the run has ended."""
     spec = METHODS[method.method]
     config, resolved = _resolved(method, args)
-    task = get_task(method.task) if method.task is not None else None
+    task = get_task(method.data_task)
     dataset, scored = load_data(task, method)
-    evaluated = evaluation_records(method, scored) if args.eval_strategy != "no" else []
+    whole = scored.get("validation", scored.get("", ())) if args.eval_strategy != "no" else ()
+    evaluated = few(whole, method.eval_examples)
     resolved["data"] = {"examples": digest(dataset)}
     if args.lr_scheduler_type in BY_METRIC:
         resolved["data"]["evaluated"] = digest(evaluated)
@@ -119,8 +120,7 @@ def _train(
             *callbacks,
         ],
     )
-    if task is not None:
-        trainer.score = partial(task.evaluate, tokenizer=tokenizer, records=evaluated)
+    trainer.score = partial(task.evaluate, tokenizer=tokenizer, records=evaluated)
     trainer.verified = checkpoint
     speed = SpeedCallback(memory.mib)
     before_loggers(trainer, speed, *([routing] if spec.routes else []))
@@ -136,7 +136,7 @@ def _train(
     first = args.process_index == 0
     if spec.routes and first:
         metrics["expert_share"] = _expert_shares(out, config)
-    if task is not None and method.eval_at_end and (first or is_sharded(trainer.model)):
+    if method.eval_at_end and (first or is_sharded(trainer.model)):
         metrics |= _scores(task, trainer, tokenizer, scored, method.method)
     if first:
         write_json(out / "metrics.json", metrics)
@@ -289,7 +289,7 @@ def _quantized(method: MethodArguments, args: TrainArguments) -> dict[str, Any]:
 
 
 def _fit(
-    task: Task | None,
+    task: Task,
     dataset: Any,
     scored: dict[str, Sequence[Any]],
     model: Any,
@@ -299,17 +299,17 @@ def _fit(
 ) -> tuple[Any, dict[str, int]]:
     """The training set within context and ``max_length``, and as a metric how many prompts were cut, if any.
 
-    Where long prompts are refused, those to be scored are refused now, before anything is trained.
+    What is to be scored is looked at now, too, before anything is trained.
     """
+    for part, records in scored.items() if method.eval_at_end else ():
+        name = part or method.eval_dataset_path or method.dataset_path or task.name
+        context = Context.of(model, tokenizer, method.long_prompts)
+        fit_examples([task.example(record) for record in records], tokenizer, context, name)
     context = Context.of(model, tokenizer, method.long_prompts)
-    for part, records in scored.items() if method.long_prompts == "refuse" and method.eval_at_end else ():
-        if task is not None:
-            name = part or method.eval_dataset_path or method.dataset_path or task.name
-            fit_examples([task.example(record) for record in records], tokenizer, context, name)
     context.shorten(args.max_length)
     if args.packing_strategy == "wrapped" and (args.packing or args.eval_packing):  # rows are max_length tokens long
         args.max_length = context.length
-    dataset = fit_examples(dataset, tokenizer, context, method.dataset_path or str(method.task))
+    dataset = fit_examples(dataset, tokenizer, context, method.dataset_path or task.name)
     padding = tokenizer.convert_tokens_to_ids(args.pad_token or tokenizer.pad_token or tokenizer.eos_token)
     evaluated = args.per_device_eval_batch_size if args.eval_strategy != "no" else 1
     if padding is not None and (max(args.per_device_train_batch_size, evaluated) > 1 or args.pad_to_multiple_of):
@@ -321,7 +321,7 @@ def _fit(
 
 
 def _examples(
-    task: Task | None,
+    task: Task,
     records: Sequence[Any],
     model: Any,
     tokenizer: Any,
@@ -331,8 +331,8 @@ def _examples(
     """Records as the dataset of the evaluation loss, within context and ``max_length`` as the training set is."""
     context = Context.of(model, tokenizer, method.long_prompts)
     context.shorten(max_length)
-    pairs = Dataset.from_list(list(records) if task is None else [task.example(record) for record in records])
-    return fit_examples(pairs, tokenizer, context, method.eval_dataset_path or method.dataset_path or str(method.task))
+    pairs = Dataset.from_list([task.example(record) for record in records])
+    return fit_examples(pairs, tokenizer, context, method.eval_dataset_path or method.dataset_path or task.name)
 
 
 class _PeakMemory:
