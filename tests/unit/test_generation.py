@@ -123,7 +123,7 @@ def test_long_prompts_are_cut_from_the_left_and_counted(family: str) -> None:
         generate(model, tokenizer, prompts, max_new_tokens=6, long_prompts="refuse")
     with pytest.raises(ValueError, match="exceed the context of 24 tokens"):
         score_continuations(model, tokenizer, [(prompts[0], " B")], long_prompts="refuse")
-    with pytest.raises(ValueError, match="ask for a shorter completion"):
+    with pytest.raises(ValueError, match="the completion leaves it no room"):
         generate(model, tokenizer, prompts, max_new_tokens=24)
 
 

@@ -155,7 +155,7 @@ class Context:
         keep = [prompt[0]] if prompt[0] == self.bos else []
         room = self.length - reserve - len(keep)
         if self.long_prompts == "refuse" or room < 1:
-            remedy = "shorten it, or set long_prompts to truncate" if room >= 1 else "ask for a shorter completion"
+            remedy = "shorten it, or set long_prompts to truncate" if room >= 1 else "the completion leaves it no room"
             raise ValueError(
                 f"a prompt of {len(prompt)} tokens and a completion of {reserve} exceed the context of "
                 f"{self.length} tokens: {remedy}"
