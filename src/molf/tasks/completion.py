@@ -13,7 +13,7 @@ from typing import Any
 
 from .base import Task
 from .prompts import Context, ended
-from .records import read_records
+from .records import parsed, read_records
 from .scoring import score_continuations
 
 
@@ -26,19 +26,24 @@ def load(path: str | None, limit: int | None) -> list[dict[str, str]]:
     """
     if path is None:
         raise ValueError("dataset_path is not given: name a file, folder or hub id of prompts and completions")
-    return [_parsed(record, f"{path}, record {index}") for index, record in enumerate(read_records(path)[:limit])]
+    return parsed(read_records(path)[:limit], parse_pair, path)
 
 
-def _parsed(record: Any, where: str) -> dict[str, str]:
-    parsed: dict[str, str] = {}
+def parse_pair(record: Any) -> dict[str, str]:
+    """Prompt and completion of a record.
+
+    Raises:
+        ValueError: If one is missing, empty or of another type; names it.
+    """
+    pair: dict[str, str] = {}
     for key in ("prompt", "completion"):
         value = record.get(key) if isinstance(record, dict) else None
         if not isinstance(value, str) or not value:
             chats = isinstance(record, dict) and ("messages" in record or isinstance(value, list))
             remedy = "; write chats as text by their template (docs/quickstart.md#chats)" if chats else ""
-            raise ValueError(f"{where}: needs a non-empty string {key!r}{remedy}")
-        parsed[key] = value
-    return parsed
+            raise ValueError(f"needs a non-empty string {key!r}{remedy}")
+        pair[key] = value
+    return pair
 
 
 def example(record: dict[str, str]) -> dict[str, str]:

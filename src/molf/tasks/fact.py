@@ -19,7 +19,7 @@ from typing import Any
 
 from .base import Task
 from .prompts import Context
-from .records import read_records
+from .records import parsed, read_records
 from .scoring import Continuation, score_continuations
 
 
@@ -96,13 +96,7 @@ def load_edits(path: str | Path, limit: int | None = None) -> list[FactEdit]:
         ValueError: If the source is empty or a record is malformed; names the source and the record.
         OSError: If the source cannot be read.
     """
-    edits = []
-    for index, record in enumerate(read_records(path)[:limit]):
-        try:
-            edits.append(parse_edit(record))
-        except ValueError as error:
-            raise ValueError(f"{path}, record {index}: {error}") from error
-    return edits
+    return parsed(read_records(path)[:limit], parse_edit, path)
 
 
 def load(path: str | None, limit: int | None) -> list[FactEdit]:

@@ -19,7 +19,7 @@ from ..world import multiple_choice_text
 from .base import Task
 from .generation import generate
 from .prompts import Context
-from .records import read_records, text_field
+from .records import parsed, read_records, text_field
 from .scoring import score_continuations
 
 HUB_ID = "openlifescienceai/medmcqa"
@@ -65,21 +65,21 @@ def parse_question(record: Any, first: int = 0) -> dict[str, Any]:
     Raises:
         ValueError: If a field is missing or of another type; names it.
     """
-    parsed: dict[str, Any] = {"question": text_field(record, "question")}
+    question: dict[str, Any] = {"question": text_field(record, "question")}
     for name in OPTIONS:
         value = record.get(name)
         if not isinstance(value, str):  # an empty option occurs; one that is not there is a wrong file
             raise ValueError(f"{name} is {'missing' if value is None else repr(value)}: needs a string")
-        parsed[name] = value
+        question[name] = value
     cop = record.get("cop")
     if isinstance(cop, str) and len(cop) == 1 and cop.upper() in LETTERS:
-        parsed["cop"] = LETTERS.index(cop.upper())
+        question["cop"] = LETTERS.index(cop.upper())
     elif isinstance(cop, int) and not isinstance(cop, bool) and 0 <= cop - first < len(LETTERS):
-        parsed["cop"] = cop - first
+        question["cop"] = cop - first
     else:
         raise ValueError(f"cop is {'missing' if cop is None else repr(cop)}: needs the number of the correct option")
-    parsed["subject_name"] = text_field(record, "subject_name") if record.get("subject_name") else "Unknown"
-    return parsed
+    question["subject_name"] = text_field(record, "subject_name") if record.get("subject_name") else "Unknown"
+    return question
 
 
 def load(path: str | None, limit: int | None) -> list[dict[str, Any]]:
@@ -92,12 +92,7 @@ def load(path: str | None, limit: int | None) -> list[dict[str, Any]]:
     source = path or HUB_ID
     records = read_records(source)
     first = first_option(records, source)
-    questions = []
-    for index, record in enumerate(records[:limit]):
-        try:
-            questions.append(parse_question(record, first))
-        except ValueError as error:
-            raise ValueError(f"{source}, record {index}: {error}") from error
+    questions = parsed(records[:limit], lambda record: parse_question(record, first), source)
     if any(cop is not None for cop in _numbers(records)):
         _say(f"{source}: cop counts from {first}")
     return questions

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+Record = TypeVar("Record")
 
 
 def read_records(source: str | Path) -> list[Any]:
@@ -23,6 +26,21 @@ def read_records(source: str | Path) -> list[Any]:
     if not records:
         raise ValueError(f"{source} has no record")
     return records
+
+
+def parsed(records: Iterable[Any], parse: Callable[[Any], Record], source: str | Path) -> list[Record]:
+    """What ``parse`` makes of every record.
+
+    Raises:
+        ValueError: Of the first that it refuses; names the source and the record.
+    """
+    found = []
+    for index, record in enumerate(records):
+        try:
+            found.append(parse(record))
+        except ValueError as error:
+            raise ValueError(f"{source}, record {index}: {error}") from error
+    return found
 
 
 def read_text(path: Path) -> str:

@@ -19,7 +19,7 @@ from ..world import sql_text
 from .base import Task
 from .generation import generate
 from .prompts import Context
-from .records import read_records, text_field
+from .records import parsed, read_records, text_field
 from .sql_compare import is_edit, is_ordered, normalise, same_rows
 from .sql_fill import fill, has_rows, mentioned_values, read_schema
 from .sql_sandbox import QueryResult, SandboxPool
@@ -58,13 +58,9 @@ def load(path: str | None, limit: int | None) -> list[dict[str, str]]:
         OSError: If the source cannot be read.
     """
     source = path or HUB_ID
-    records = []
-    for index, record in enumerate(read_records(source)[:limit]):
-        try:
-            records.append({name: text_field(record, name) for name in FIELDS})
-        except ValueError as error:
-            raise ValueError(f"{source}, record {index}: {error}") from error
-    return records
+    return parsed(
+        read_records(source)[:limit], lambda record: {name: text_field(record, name) for name in FIELDS}, source
+    )
 
 
 def example(record: dict[str, Any]) -> dict[str, str]:
