@@ -172,7 +172,8 @@ def test_what_evaluations_need(tmp_path: Path, capsys) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text(json.dumps({"prompt": "Ada Alder plays the", "completion": " drum"}))
     for options, words in (
-        (["--dataset_path", str(data), *EVERY_TWO], "eval_strategy=steps: of completion only records are scored that"),
+        (["--dataset_path", str(data), *EVERY_TWO], "eval_strategy=steps: there is nothing to evaluate"),
+        ([*TASK, "--test_size", "4", *EVERY_TWO], "eval_strategy=steps: there is nothing to evaluate"),
         ([*TASK, *EVERY_TWO, "--eval_examples", "0"], "eval_examples=0: must be at least 1"),
     ):
         assert main(["train", *COMMON, *options, "--output_dir", str(tmp_path / "none")]) == 2

@@ -8,6 +8,8 @@ import pytest
 
 from molf.assets import BUNDLED_MODEL
 from molf.cli import main
+from molf.report.content import score
+from molf.report.runs import read_runs
 from molf.tasks import get_task
 
 COMMON = [
@@ -57,6 +59,14 @@ def test_parts_are_split_off_and_scored(tmp_path: Path, data: Path) -> None:
     assert metrics["steps"] == 2, "10 of 20 records in batches of 8"
     assert metrics["validation"]["likelihood"] > 0
     assert metrics["test"]["completion_loss"] > 0
+
+
+def test_a_validation_part_alone_is_evaluated(tmp_path: Path, data: Path) -> None:
+    options = "--dataset_path", data, "--validation_size", "4", "--eval_strategy", "epoch", "--save_strategy", "no"
+    metrics = trained(tmp_path / "run", *options)
+    log = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    assert [e["eval_likelihood"] for e in log if "eval_loss" in e] == [metrics["validation"]["likelihood"]]
+    assert score(read_runs([tmp_path / "run"])[0]) == ("likelihood", metrics["validation"]["likelihood"])
 
 
 def test_a_held_out_completion_that_cannot_be_scored_is_refused_before_training(

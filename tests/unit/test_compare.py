@@ -61,6 +61,8 @@ def test_splits_are_disjoint_and_a_matter_of_their_seed_alone() -> None:
     train, parts = split(editing, records, 0.5, 0.5, 0)
     assert train == records
     assert sorted([*parts["validation"], *parts["test"]]) == records
+    train, parts = split(held_out, records, 10, 0, 0)
+    assert (len(train), list(parts), len(parts["validation"])) == (40, ["validation"], 10)
     for sizes in ((0.5, 0.5), (0.001, 10), (40, 20)):
         with pytest.raises(ValueError, match=r"do not split 50 records of t: give sizes"):
             split(held_out, records, *sizes, 0)

@@ -54,6 +54,10 @@ def run(argv: Sequence[str]) -> None:
     data = _check(runs)
     with of_option("dataset_path", data.dataset_path):  # what is bad here stops the sweep before its first run
         records = task.load(data.dataset_path, data.max_examples)
+    if not (data.validation_size and data.test_size):
+        raise ValueError(
+            f"validation_size={data.validation_size:g} and test_size={data.test_size:g}: a comparison needs both parts"
+        )
     split(task, records, data.validation_size, data.test_size, data.split_seed)
     folder = Path(options.output_dir)
     print(f"{len(runs)} runs: {', '.join(options.methods)} x {options.learning_rates} x seeds {options.seeds}")

@@ -129,19 +129,24 @@ def duration(seconds: float) -> str:
 
 
 def score(run: Run) -> tuple[str, float | None]:
-    """Name and value of the task's primary metric, of the test split where there is one."""
-    task = run.config["method"].get("task", "")  # another trainer's has none
-    task = "completion" if task is None else task
-    if task not in TASKS:
+    """Name and value of the task's primary metric, of the test or validation part where there is one."""
+    if (task := _task(run)) not in TASKS:
         return "", None
     primary = get_task(task).primary
-    return primary, number(run.metrics.get("test", run.metrics).get(primary))
+    metrics = run.metrics.get("test", run.metrics.get("validation", run.metrics))
+    return primary, number(metrics.get(primary))
 
 
 def scored_on(run: Run) -> str:
     """Task and records of a run's score: those of ``eval_dataset_path``, or what is trained on and how it is split."""
     own = ("eval_dataset_path",) if run.config["method"].get("eval_dataset_path") else SCORED_ON
-    return json.dumps([run.config["method"].get(name) for name in ("task", *own)])
+    return json.dumps([_task(run), *(run.config["method"].get(name) for name in own)])
+
+
+def _task(run: Run) -> str:
+    """The task of a run, which is ``completion`` where none was named; of another trainer's run none."""
+    method = run.config["method"]
+    return (method["task"] or "completion") if "task" in method else ""
 
 
 def _seconds(run: Run) -> float | None:

@@ -109,7 +109,7 @@ def _read_run(folder: Path, name: str) -> Run:
         raise ValueError(f"{folder / 'run.json'} is damaged: task is {task!r} and no name")
     _check_list(folder / "run.json", "expert_ranks", config["molf"].get("expert_ranks", []))
     metrics = read_json(folder / "metrics.json") if (folder / "metrics.json").is_file() else {}
-    for part in ("expert_share", "test"):
+    for part in ("expert_share", "validation", "test"):
         if not isinstance(metrics.get(part, {}), dict):
             raise ValueError(f"{folder / 'metrics.json'} is damaged: {part} is {metrics[part]!r} and no mapping")
     routing = read_routing_log(log) if log.is_file() else None

@@ -104,11 +104,12 @@ def _check_optimizer(method: MethodArguments, args: TrainArguments) -> None:
 
 
 def _check_evaluations(method: MethodArguments, args: TrainArguments) -> None:
-    held_out = method.eval_dataset_path or method.validation_size
-    if args.eval_strategy != "no" and not (held_out or get_task(method.data_task).scores_trained):
+    others = method.eval_dataset_path or method.validation_size
+    trained = get_task(method.data_task).scores_trained and not method.test_size
+    if args.eval_strategy != "no" and not (others or trained):
         raise ValueError(
-            f"eval_strategy={args.eval_strategy.value}: of {method.data_task} only records are scored that are not "
-            "trained; name them by eval_dataset_path, or give validation_size and test_size"
+            f"eval_strategy={args.eval_strategy.value}: there is nothing to evaluate, neither a test's records nor "
+            "trained ones being taken; give an eval_dataset_path or a validation_size"
         )
 
 

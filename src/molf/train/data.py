@@ -52,7 +52,7 @@ def split(
     Args:
         task: What the records are of.
         records: All of them.
-        validation: Size of the validation part: a number of records, or below 1 a share.
+        validation: Size of the validation part: a number of records, or below 1 a share; 0 makes none.
         test: Size of the test part, likewise.
         seed: Of the shuffle; nothing else decides the parts.
 
@@ -62,7 +62,8 @@ def split(
     count = len(records)
     sizes = [int(size * count) if size < 1 else int(size) for size in (validation, test)]
     order = random.Random(f"molf.split/{seed}").sample(range(count), count)
-    if min(sizes) < 1 or sum(sizes) > count or (sum(sizes) == count and not task.edits):
+    empty = any(wanted and not size for wanted, size in zip((validation, test), sizes, strict=True))
+    if empty or sum(sizes) > count or (sum(sizes) == count and not task.edits):
         raise ValueError(
             f"validation_size={validation:g} and test_size={test:g} do not split {count} records of {task.name}: give "
             "sizes that leave records in every part"
@@ -72,7 +73,7 @@ def split(
         "test": [records[i] for i in order[sizes[0] : sum(sizes)]],
     }
     rest = range(count) if task.edits else sorted(order[sum(sizes) :])
-    return [records[i] for i in rest], parts
+    return [records[i] for i in rest], {name: part for name, part in parts.items() if part}
 
 
 def fit_examples(dataset: Any, tokenizer: Any, context: Context, name: str) -> Any:

@@ -78,8 +78,7 @@ def _train(
     config, resolved = _resolved(method, args)
     task = get_task(method.data_task)
     dataset, scored = load_data(task, method)
-    whole = scored.get("validation", scored.get("", ())) if args.eval_strategy != "no" else ()
-    evaluated = few(whole, method.eval_examples)
+    evaluated = few(next(iter(scored.values())), method.eval_examples) if args.eval_strategy != "no" else []
     resolved["data"] = {"examples": digest(dataset)}
     if args.lr_scheduler_type in BY_METRIC:
         resolved["data"]["evaluated"] = digest(evaluated)
