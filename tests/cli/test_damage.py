@@ -199,15 +199,21 @@ def test_a_checkpoint_of_another_model_is_refused_before_any_weight_is_loaded(
 
 @pytest.mark.parametrize("method", ["molf", "lora"])
 def test_a_run_that_only_scores_scores_as_one_that_trained(tmp_path, facts, method: str) -> None:
-    """Also of training in bf16, whose autocast the Trainer leaves on its model: scores are those of what is saved."""
-    out = tmp_path / "run"
+    """Also of training in bf16, whose autocast the Trainer leaves on its model: scores are those of what is saved.
+
+    And of a model that names no special tokens, which are saved as the tokenizer's.
+    """
+    out, model = tmp_path / "run", tmp_path / "model"
+    shutil.copytree(BUNDLED_MODEL, model)
+    for path in (model / "config.json", model / "generation_config.json"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": None, "pad_token_id": None}))
     words = ["--eval_at_end", "true", "--bf16", "true", "--resume_from_checkpoint", "auto"]
-    assert main(command(facts, out, *words, method=method)) == 0
+    assert main(command(facts, out, *words, method=method, model=model)) == 0
     metrics = json.loads((out / "metrics.json").read_text())
     saved = {path.name: path.read_bytes() for path in out.glob("*.json") if path.name != "metrics.json"}
     for path in (out / "metrics.json", *out.glob("*.safetensors")):
         path.unlink()
-    assert main(command(facts, out, *words, method=method)) == 0
+    assert main(command(facts, out, *words, method=method, model=model)) == 0
     again = json.loads((out / "metrics.json").read_text())
     scores = ("efficacy_magnitude", "exact_match", "paraphrase", "neighbourhood", "score")
     assert {name: again[name] for name in scores} == {name: metrics[name] for name in scores}
