@@ -25,11 +25,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 
 from molf import MoLFConfig, create_molf_optimizer
+from molf.files import write_json
 from molf.optim.quantized import is_quantized
 from molf.optim.virtual import shares_storage
 from molf.tasks import get_task
 from molf.tasks.prompts import ended, tokenize_pairs
-from molf.train.files import write_json
 from molf.train.load import versions
 
 ROOT = Path(__file__).parents[1]

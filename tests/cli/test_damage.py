@@ -24,8 +24,8 @@ import molf.cli.train
 import molf.train.run
 from molf.assets import BUNDLED_MODEL
 from molf.cli import main
+from molf.files import claim
 from molf.train import verify
-from molf.train.files import claim
 from molf.train.resume import check_checkpoint, last_checkpoint
 from molf.train.verify import MANIFEST
 
@@ -266,7 +266,7 @@ def test_a_folder_that_another_process_trains_in_is_refused(tmp_path, trained, f
     resume = command(facts, run, "--resume_from_checkpoint", str(run / "checkpoint-1"))
     other, waited = claim(run, "the test"), []
     with monkeypatch.context() as patched:
-        patched.setattr("molf.train.files.time.sleep", waited.append)
+        patched.setattr("molf.files.time.sleep", waited.append)
         assert f"{run} is in use: another process trains in this output_dir" in fails(capsys, resume)
     assert waited == [1] * 10
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == files

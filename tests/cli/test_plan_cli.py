@@ -18,8 +18,8 @@ from molf import MoLFAdamW, MoLFConfig, create_molf_optimizer
 from molf.assets import BUNDLED_MODEL
 from molf.cli import main
 from molf.cli.train import parse
+from molf.plan.dry_run import DryRun, compared, dry_run, fill_state, model_config, workload
 from molf.plan.memory import Workload, plan_method
-from molf.train.dry_run import DryRun, compared, dry_run, fill_state, model_config, workload
 
 STORIES = Path(__file__).parents[3] / "shared" / "models" / "stories3M"
 IN_BACKWARD = ["--step_in_backward", "true", "--gradient_accumulation_steps", "1", "--max_grad_norm", "0"]

@@ -14,11 +14,11 @@ from typing import IO
 
 import pytest
 
+from molf.files import write_json
 from molf.report import compare
 from molf.tasks import Task
 from molf.train import sweep
 from molf.train.data import split
-from molf.train.files import write_json
 
 COMMON = {"task": "world-fact", "model_name_or_path": "m"}
 

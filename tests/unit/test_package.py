@@ -1,5 +1,7 @@
-"""What is installed: the wheel's contents, and what an import costs."""
+"""What is installed: the wheel's contents, what an import costs, and who imports whom."""
 
+import graphlib
+import re
 import subprocess
 import sys
 import zipfile
@@ -41,3 +43,12 @@ def test_entry_points(command: list[str]) -> None:
     command = [str(Path(sys.executable).parent / command[0]), *command[1:]] if command == ["molf"] else command
     done = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=60)
     assert done.stdout == "molf 0.1.0\n"
+
+
+def test_no_package_imports_one_that_imports_it() -> None:
+    imports: dict[str, set[str]] = {}
+    for path in (ROOT / "src" / "molf").glob("*/*.py"):
+        found = re.findall(r"^\s*from \.\.(\w+)", path.read_text(), re.MULTILINE)
+        imports.setdefault(path.parent.name, set()).update(found)
+    assert imports["cli"] > {"optim", "train", "plan"}
+    assert list(graphlib.TopologicalSorter(imports).static_order())

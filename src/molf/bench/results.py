@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from ..train.files import write_json
+from ..files import write_json
 
 DIGITS = 4
 """Decimals that are kept: 0.1 microseconds."""

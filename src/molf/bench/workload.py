@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import of_the_machine
 from ..optim import MoLFAdamW
-from ..train.errors import of_the_machine
 from .contenders import Contender, build, lora_wins
 from .device import calls_timed, clock, device_syncs, floor_bytes
 from .presets import Settings

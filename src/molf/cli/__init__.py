@@ -9,8 +9,8 @@ import time
 from collections.abc import Sequence
 from importlib import import_module
 
+from ..errors import StoppedError, lost_process, out_of_memory
 from ..optim import CompileError, NonFiniteError, ProcessesDifferError, ResumeError
-from ..train.errors import StoppedError, lost_process, out_of_memory
 
 COMMANDS = {
     "demo": "fine-tune the bundled model by every method and compare",

@@ -19,7 +19,7 @@ from ..bench.presets import PRESETS, Settings, get_preset
 from ..bench.results import Results
 from ..bench.timing import interleave, say
 from ..bench.workload import OptimizerStep, TrainStep
-from ..train.files import of_option
+from ..files import of_option
 from .parser import Parser, check_threads
 
 DESCRIPTION = """Time or weigh optimizers on a model with random weights: nothing is downloaded.

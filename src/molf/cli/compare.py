@@ -12,11 +12,11 @@ from typing import Any, cast
 
 import yaml
 
+from ..files import of_option, write_json
 from ..report.compare import RULE, Row, markdown, summarise, verdict
 from ..tasks import get_task
 from ..train.arguments import MethodArguments
 from ..train.data import split
-from ..train.files import of_option, write_json
 from ..train.run import load_training_tokenizer
 from ..train.sweep import Run, plan, read_results, run_sweep
 from .parser import Parser, check_threads, is_mapping, read_settings

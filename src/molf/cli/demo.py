@@ -18,8 +18,8 @@ from typing import Any
 import yaml
 
 from ..assets import BUNDLED_MODEL
+from ..files import of_option, write_json
 from ..table import aligned
-from ..train.files import of_option, write_json
 from ..world import counterfactual_edits, make_world
 from .parser import Parser
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
+from ..files import of_option, write_json
 from ..tasks import TASKS, get_task
-from ..train.files import of_option, write_json
 from ..train.load import check_revision, load_trained, naming, versions
 from ..train.quantize import quantized_as
 from .parser import Parser

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from ..train.files import of_option
+from ..files import of_option
 
 
 class Parser(argparse.ArgumentParser):

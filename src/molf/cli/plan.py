@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from ..plan.dry_run import model_config, workload
 from ..plan.memory import side_by_side
 from ..plan.text import by_gpus, by_kind, tensors, totals, warnings
 from ..train.arguments import MethodArguments
-from ..train.dry_run import model_config, workload
 from .train import parse
 
 DESCRIPTION = """usage: molf plan [--all] [--gpus N] OPTIONS OF molf train

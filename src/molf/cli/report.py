@@ -7,11 +7,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..files import of_option, write_text
 from ..report.advise import advise
 from ..report.content import content, unfinished
 from ..report.page import page
 from ..report.runs import common_folder, read_runs
-from ..train.files import of_option, write_text
 from .parser import Parser
 
 DESCRIPTION = """One self-contained HTML page of one or several runs: loss and score, who won where and

@@ -14,9 +14,9 @@ from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from trl import TrlParser
 
+from ..plan.dry_run import compared, dry_run
 from ..train.arguments import MethodArguments, TrainArguments
 from ..train.checks import check_training
-from ..train.dry_run import compared, dry_run
 from ..train.run import train
 from .parser import read_settings
 

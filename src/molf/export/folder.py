@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from ..train.files import claim, of_option, read_json, sync, write_json
+from ..files import claim, of_option, read_json, sync, write_json
 
 RECORD = "export.json"
 """What every export holds, and what tells one from any other folder."""

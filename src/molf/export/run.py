@@ -13,10 +13,10 @@ from peft.utils.integrations import dequantize_module_weight
 from safetensors import SafetensorError
 from torch import nn
 
+from ..errors import of_the_machine
+from ..files import read_json
 from ..optim import MoLFConfig
 from ..train.arguments import MethodArguments
-from ..train.errors import of_the_machine
-from ..train.files import read_json
 from ..train.load import load_model, load_tokenizer, naming
 from ..train.methods import METHODS
 from ..train.quantize import quantized

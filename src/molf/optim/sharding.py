@@ -32,6 +32,11 @@ def is_distributed(tensor: Any) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 shards parameters of the model."""
+    return any(is_distributed(parameter) for parameter in model.parameters())
+
+
 def local(tensor: Any) -> Tensor:
     """The part of a DTensor that this process holds, sharing its memory; any other tensor as it is."""
     return tensor.to_local() if type(tensor) not in PLAIN and is_distributed(tensor) else tensor

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from ..files import read_json
 from ..optim.routing import stream_routing, unscored
-from ..train.files import read_json
 
 _OTHER_TRAINER: dict[str, Any] = {"method": {"method": "-", "model_name_or_path": ""}, "molf": {}, "training": {}}
 

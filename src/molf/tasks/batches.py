@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from ..train.distributed import is_sharded
-from ..train.errors import out_of_memory
+from ..errors import out_of_memory
+from ..optim.sharding import is_sharded
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -11,9 +11,9 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from ..files import write_json
 from ..optim import MoLFAdamW, RoutingRecorder
 from ..optim.routing import stream_routing
-from .files import write_json
 from .resume import set_aside
 from .telemetry import LostUpdates, RoutingMetrics
 

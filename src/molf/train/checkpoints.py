@@ -15,12 +15,13 @@ from safetensors import SafetensorError
 from transformers import TrainerState
 from transformers.trainer_utils import align_special_tokens
 
+from ..errors import of_the_machine
+from ..files import sha256, sync, write_json
 from ..optim import MoLFAdamW
 from ..optim.modules import outside_adapter
+from ..optim.sharding import is_sharded
 from .callbacks import RoutingCallback
-from .distributed import from_all, from_first, is_sharded
-from .errors import of_the_machine
-from .files import sha256, sync, write_json
+from .distributed import from_all, from_first
 from .sharded import load_optimizer, load_renamed, load_weights, save_optimizer
 from .verify import MANIFEST, SHARDED, UNFINISHED, as_saved, check_checkpoint, check_fits, checkpoints
 

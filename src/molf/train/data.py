@@ -7,9 +7,9 @@ import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..files import of_option
 from ..tasks import Task
 from ..tasks.prompts import Context, appends_eos, ended, tokenize_pairs
-from .files import of_option
 
 if TYPE_CHECKING:
     from datasets import Dataset

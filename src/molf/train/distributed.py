@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import nn
 
-from ..optim.sharding import is_distributed, processes
+from ..optim.sharding import processes
 
 if TYPE_CHECKING:
     from .arguments import TrainArguments
@@ -165,8 +164,3 @@ def first_error(error: T | None, least: Callable[[T], Any] = lambda _: 0) -> T |
     if not broken.item():
         return None
     return min((each for each in from_all(error) if each is not None), key=least)
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 shards parameters of the model."""
-    return any(is_distributed(parameter) for parameter in model.parameters())

@@ -24,8 +24,8 @@ from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from ..errors import of_the_machine
 from ..optim.modules import keep_differentiable
-from .errors import of_the_machine
 
 _PACKAGES = ("molf", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import BitsAndBytesConfig, TorchAoConfig
 
-from .files import read_json
+from ..files import read_json
 
 PACKAGES = {"none": (), "bnb-4bit": ("bitsandbytes",), "bnb-8bit": ("bitsandbytes",), "torchao-int8": ("torchao",)}
 """The quantisations, with the package that each needs."""

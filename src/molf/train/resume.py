@@ -8,7 +8,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from .files import copy_whole, read_json, sync
+from ..files import copy_whole, read_json, sync
 from .verify import UNFINISHED, check_checkpoint, checkpoints, progress
 
 _OUTPUTS = (

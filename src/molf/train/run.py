@@ -24,8 +24,11 @@ from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of
 from transformers import TrainerCallback, TrainerState, set_seed
 from trl import SFTTrainer
 
+from ..errors import of_the_machine
+from ..files import claim, copy_whole, of_option, sync, write_json
 from ..optim import MoLFConfig, MoLFOptimizerFactory, read_routing
 from ..optim.routing import expert_share
+from ..optim.sharding import is_sharded
 from ..tasks import Task, get_task
 from ..tasks.prompts import Context
 from .adalora import AdaLoraCallback, AdaLoraTrainer
@@ -34,10 +37,8 @@ from .callbacks import PlanCallback, RoutingCallback, SpeedCallback, before_logg
 from .checkpoints import WholeCheckpoints, writing
 from .checks import check_training
 from .data import fit_examples, load_data
-from .distributed import check_alike, digest, from_first, is_sharded
-from .errors import of_the_machine
+from .distributed import check_alike, digest, from_first
 from .evaluation import ScoredEvaluation, few
-from .files import claim, copy_whole, of_option, sync, write_json
 from .load import hub_commit, load_model, load_tokenizer, naming, versions
 from .methods import METHODS, Adapted
 from .nonfinite import FiniteSteps, skipped_steps

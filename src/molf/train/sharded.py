@@ -39,8 +39,7 @@ from torch.distributed.fsdp import (
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainingArguments
 
-from ..optim.sharding import is_distributed
-from .distributed import is_sharded
+from ..optim.sharding import is_distributed, is_sharded
 from .verify import REST, SHARDED
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers.trainer_jit_checkpoint import CheckpointManager, JITCheckpointCallback
 
+from ..errors import StoppedError
 from .distributed import from_all
-from .errors import StoppedError
 
 
 class StopCallback(JITCheckpointCallback):

@@ -26,7 +26,7 @@ from typing import IO, Any
 import yaml
 from tqdm import tqdm
 
-from .files import sha256, write_json
+from ..files import sha256, write_json
 
 WEIGHTS = ("*.safetensors", "tokenizer*", "training_args.bin")
 OWN = {"method", "learning_rate", "seed", "output_dir", "dry_run", "eval_at_end"}

@@ -17,11 +17,10 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.trainer_pt_utils import safe_globals
 
+from ..files import sha256
 from ..optim import MoLFConfig
 from ..optim.checkpoint import DECISIVE
-from ..optim.sharding import local
-from .distributed import is_sharded
-from .files import sha256
+from ..optim.sharding import is_sharded, local
 
 MANIFEST = "manifest.json"
 """Size and SHA-256 of every other file of a checkpoint."""

@@ -17,11 +17,11 @@ from transformers import TrainerCallback
 
 from ..optim import MoLFAdamW
 from ..optim.virtual import shares_storage
-from ..plan.memory import Plan, Workload, plan_method
-from ..plan.text import not_planned
-from .arguments import MethodArguments, TrainArguments
-from .load import naming
-from .run import train
+from ..train.arguments import MethodArguments, TrainArguments
+from ..train.load import naming
+from ..train.run import train
+from .memory import Plan, Workload, plan_method
+from .text import not_planned
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _LARGE = -1, -3, 1 << 16
 
