@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
@@ -82,7 +83,13 @@ def test_better_needs_an_interval_above_zero_from_three_seeds() -> None:
     assert "+2.00 points (95 % interval -0.48 to +4.48), not distinguishable" in compare.verdict(
         rows([1, 2, 3]), [1e-3]
     )
-    assert "+2.00 points (95 % interval +1.75 to +2.25), better" in compare.verdict(rows([1.9, 2, 2.1]), [1e-3])
+    certain = compare.verdict(rows([1.9, 2, 2.1]), [1e-3])
+    assert "+2.00 points (95 % interval +1.75 to +2.25), better" in certain
+    assert "least memory" not in certain
+    molf, fft = rows([1, 2, 3])
+    cheap = replace(molf, seconds=fft.seconds / 2), replace(fft, memory_mib=molf.memory_mib / 2)
+    costs = "Of the 2 that are not distinguishable, molf takes the least time and fft the least memory."
+    assert costs in compare.verdict(cheap, [1e-3])
     assert "not distinguishable" in compare.verdict(rows([2, 2]), [1e-3])
     assert "no interval from one seed" in compare.verdict(rows([2]), [1e-3])
     assert "At the edge of the learning rates" in compare.verdict(rows([2]), [1e-3, 1e-2])

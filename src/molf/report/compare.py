@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from statistics import fmean, stdev
 from typing import Any
 
@@ -116,20 +117,28 @@ def markdown(rows: Sequence[Row], primary: str) -> str:
 
 
 def verdict(rows: Sequence[Row], rates: Sequence[float]) -> str:
-    """Plain language: the best method, whether that is certain, its gap to FFT and LoRA, and its cost."""
+    """Plain language: the best method, its gap to each other one, whether that is certain, and what each costs."""
     good = [row for row in rows if row.scores]
     if not good:
         return "No method ended well: lower the learning rates, and read the logs of the runs."
     best = good[0]
     seeds = len(best.scores)
+    near = [best]
     lines = [f"Best on the test split: {best.method} at learning rate {best.learning_rate:g} ({seeds} seed(s))."]
     for other in good[1:]:
         mean, low, high = interval(best, other)
         certain = "better" if seeds >= 3 and low > 0 else "not distinguishable"
+        near += [other] if certain != "better" else []
         bounds = f"95 % interval {low:+.2f} to {high:+.2f}" if math.isfinite(low) else "no interval from one seed"
         lines.append(
             f"Against {other.method}: {mean:+.2f} points ({bounds}), {certain}; it takes "
             f"{best.seconds / other.seconds:.2f}x the time and {best.memory_mib / other.memory_mib:.2f}x the memory."
+        )
+    if len(near) > 1:
+        fastest, smallest = (min(near, key=attrgetter(name)).method for name in ("seconds", "memory_mib"))
+        lines.append(
+            f"Of the {len(near)} that are not distinguishable, {fastest} takes the least time and {smallest} the least "
+            "memory."
         )
     if len(rates) > 1:
         edges = [row.method for row in good if row.learning_rate in (min(rates), max(rates))]
