@@ -25,7 +25,7 @@ import molf.train.run
 from molf.assets import BUNDLED_MODEL
 from molf.cli import main
 from molf.files import claim
-from molf.train import verify
+from molf.train import resume, verify
 from molf.train.resume import check_checkpoint, last_checkpoint
 from molf.train.verify import MANIFEST
 
@@ -353,10 +353,13 @@ def test_later_checkpoints_are_set_aside_before_an_older_one_is_continued(
         weights = load_file(next(folder.glob("*model.safetensors")))
         return [weights, log.read_text() if log.exists() else None, metrics.get("expert_share")]
 
+    synced: list[Path] = []
+    monkeypatch.setattr(resume, "sync", synced.append)
     assert run() == 0
     whole, older = result(out), ["--resume_from_checkpoint", str(out / "checkpoint-2")]
     capsys.readouterr()
     assert run(*older, to=3) == 130
+    assert synced == [out / "set-aside-1", out], "where they are is known before the log is cut, also to the disk"
     told = f"the run goes on from step 2: checkpoint-4, checkpoint-6 moved to {out / 'set-aside-1'}; remove that when"
     assert told in capsys.readouterr().out
     assert [path.name for path in out.glob("*checkpoint*")] == ["checkpoint-2"]
