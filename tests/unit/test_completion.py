@@ -96,6 +96,13 @@ def test_long_records_are_scored_a_few_at_a_time(bundled, monkeypatch) -> None:
     assert all(rows == 1 or rows * width <= 40 for rows, width in shapes)
 
 
+def test_prompts_that_are_cut_are_counted(bundled) -> None:
+    model, tokenizer = bundled
+    short = {"prompt": "Ada Alder plays the", "completion": " drum"}
+    long = {**short, "prompt": "Leo " * model.config.max_position_embeddings + short["prompt"]}
+    assert completion.evaluate(model, tokenizer, [short, long])["truncated_prompts"] == 1
+
+
 def test_what_a_record_needs(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     good = {"prompt": "a", "completion": " b"}

@@ -76,7 +76,9 @@ def test_hub_ids_and_splits(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("name", ["no.json", "data/no.jsonl", "missing", "./a", "../a", "/a/b", "a/b/c", "a/"])
-def test_a_missing_file_is_no_hub_id(monkeypatch, name: str) -> None:
+def test_a_missing_file_is_no_hub_id(tmp_path, monkeypatch, name: str) -> None:
+    (tmp_path / "in").mkdir()
+    monkeypatch.chdir(tmp_path / "in")
     monkeypatch.setattr(datasets, "load_dataset", lambda _: pytest.fail("asked the hub"))
     with pytest.raises(FileNotFoundError, match=Path(name).name):
         read_records(name)
