@@ -36,7 +36,7 @@ METHODS = {
 def main() -> None:
     """Run what is missing and write the results after every run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--model", type=Path, default=SHARED / "models" / "stories3M")
     parser.add_argument("--data", type=Path, default=SHARED / "data" / "counterfact" / "counterfact-train.json")
     options = parser.parse_args()
