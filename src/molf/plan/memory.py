@@ -267,7 +267,7 @@ def _of_step(optimizer: Any) -> tuple[int, int]:
     """Bytes that a step needs beside the state, and how many of them FSDP2's processes sum.
 
     Gradients of experts that are no parameters and gradients that are gathered, or after them values that are; one
-    matrix more, as that of a scaled B; and a pass's tensors.
+    matrix more, as that of a scaled B; and a pass's tensors. When what is not routed is stepped, these are gone.
     """
     sizes, values, summed = [], [], 0
     for stack in optimizer.stacks().all:
@@ -280,9 +280,13 @@ def _of_step(optimizer: Any) -> tuple[int, int]:
                 sizes.append(_size(part.exp_avg))
             if virtual and factor == int(stack.modules[0].transposed):
                 summed += _size(part.exp_avg)
-    packed = [v.numel() for state in optimizer.state.values() for v in state.values() if quantized.is_quantized(v)]
-    unpacked = PACKING * max(packed, default=0)
-    return max(sum(sizes), sum(values)) + max([0, *sizes, *values]) + unpacked + STEP_TENSORS * 4 * BLOCK, summed
+    weights = {id(weight) for stack in optimizer.stacks().all for weight in stack.parameters}
+    packed = {True: 0, False: 0}  # by whether it is routed, the largest
+    for parameter, state in optimizer.state.items():
+        for value in filter(quantized.is_quantized, state.values()):
+            packed[id(parameter) in weights] = max(packed[id(parameter) in weights], PACKING * value.numel())
+    routed = max(sum(sizes), sum(values)) + max([0, *sizes, *values]) + packed[True]
+    return max(routed, packed[False]) + STEP_TENSORS * 4 * BLOCK, summed
 
 
 def _of_adamw(model: nn.Module) -> Iterator[Held]:

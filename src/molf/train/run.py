@@ -28,7 +28,7 @@ from ..errors import of_the_machine
 from ..files import claim, copy_whole, of_option, sync, write_json
 from ..optim import MoLFConfig, MoLFOptimizerFactory, read_routing
 from ..optim.routing import expert_share
-from ..optim.sharding import is_sharded
+from ..optim.sharding import PLAIN, is_sharded
 from ..tasks import Task, get_task
 from ..tasks.prompts import Context
 from .adalora import AdaLoraCallback, AdaLoraTrainer
@@ -94,6 +94,7 @@ def _train(
     with naming(method.model_name_or_path):
         model = load_model(method.model_name_or_path, method.dtype, **_hub(method, args), **_quantized(method, args))
         resolved["model_commit"] = hub_commit(method.model_name_or_path, method.model_revision)
+    memory.model = model
     dataset, cut = _fit(task, dataset, scored, model, tokenizer, method, args)
     check_alike("training examples", dataset)
     adapted = Adapted(model, method.method, config, resolved["model_commit"]) if spec.saves_adapter(config) else None
@@ -338,10 +339,14 @@ def _examples(
 class _PeakMemory:
     """Peak memory since it was made, MiB: of the device where there is one, else the process's resident growth.
 
-    Without pages of files, such as those of weights that are mapped: the system takes them back when it needs them.
+    Without pages of files, which the system takes back when it needs them, but with weights that are mapped and used.
+
+    Attributes:
+        model: Whose weights these are.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: Any = None) -> None:
+        self.model = model
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         elif os.path.exists("/proc/self/clear_refs"):
@@ -356,7 +361,8 @@ class _PeakMemory:
         status = Path("/proc/self/status").read_text() if os.path.exists("/proc/self/status") else ""
         found = re.search(r"VmHWM:\s+(\d+) kB", status)
         peak = int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak / 2**10 - _resident()[1] - self.before
+        used = 0.0 if self.model is None else _mapped(self.model)
+        return peak / 2**10 - _resident()[1] - self.before + used
 
 
 def _resident() -> tuple[float, float]:
@@ -364,3 +370,13 @@ def _resident() -> tuple[float, float]:
     pages = Path("/proc/self/statm").read_text().split()[1:3] if os.path.exists("/proc/self/statm") else (0, 0)
     resident, mapped = (int(count) * resource.getpagesize() / 2**20 for count in pages)
     return resident, mapped
+
+
+def _mapped(model: Any) -> float:
+    """What of a model's frozen weights lies in mapped files, MiB; trained ones, once written, are memory of its own."""
+    lines = Path("/proc/self/maps").read_text().splitlines() if os.path.exists("/proc/self/maps") else []
+    files = [fields[0].split("-") for fields in map(str.split, lines) if len(fields) > 5 and fields[4] != "0"]
+    spans = [range(*(int(end, 16) for end in ends)) for ends in files]
+    frozen = (each for each in model.parameters() if type(each) in PLAIN and not each.requires_grad)
+    sizes = {each.data_ptr(): each.nbytes for each in frozen}
+    return sum(size for place, size in sizes.items() if any(place in span for span in spans)) / 2**20
