@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from models import ARCHITECTURES, causal_lm, lm_step
 from molf import MoLFConfig, create_molf_optimizer, molf_lora_config
+from molf.optim.modules import _memory
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -282,3 +283,11 @@ def test_expert_names_and_scales() -> None:
     assert MoLFConfig(expert_ranks=(4, 16)).scales == (2.0, 2.0)
     assert MoLFConfig(expert_ranks=(4, 16), lora_alpha=8).scales == (4.0, 2.0)
     assert MoLFConfig(expert_ranks=(4, 16), lora_alpha=(8, 16), use_rslora=False).scales == (2.0, 1.0)
+
+
+def test_weights_of_which_a_process_holds_nothing_are_not_tied() -> None:
+    """Empty tensors are all in the same place: nowhere."""
+    one, other = (nn.Parameter(torch.empty(0, 4)) for _ in range(2))
+    assert one.data_ptr() == other.data_ptr()
+    assert _memory(one) == _memory(one) != _memory(other)
+    assert _memory(nn.Parameter(torch.ones(4))) != _memory(nn.Parameter(torch.ones(4)))
