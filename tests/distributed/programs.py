@@ -406,17 +406,17 @@ def a_new_head(steps: int) -> list[torch.Tensor]:
     return [*model.parameters(), *(state["base"] for state in optimizer.state.values())]
 
 
-def narrow_layers(kind: str, compiles: bool, steps: int) -> list[Any]:
+def narrow_layers(kind: str, compiles: bool, steps: int, dtype: torch.dtype = torch.float32) -> list[Any]:
     """Winners of a plain model of which a layer has fewer outputs than there are processes."""
     torch.manual_seed(0)
-    model: nn.Module = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1))
+    model: nn.Module = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1)).to(dtype)
     model = spread(model, kind)
     optimizer = create_molf_optimizer(model, MoLFConfig(expert_ranks=(2,), lr=1e-3, lora_lr=1e-3, compile=compiles))
     found = []
     for step in range(steps):
-        x = torch.randn(8, 8, generator=torch.Generator().manual_seed(step))
+        x = torch.randn(8, 8, generator=torch.Generator().manual_seed(step)).to(dtype)
         own = x.chunk(dist.get_world_size())[dist.get_rank()]
-        model(own).square().mean().backward()
+        model(own).float().square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
         found.append({name: (each.winners, each.scores) for name, each in optimizer.routing.items()})

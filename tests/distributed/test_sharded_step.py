@@ -114,3 +114,9 @@ def test_a_process_that_holds_no_row_of_a_layer_takes_part(tmp_path, compiles):
             assert {name: winners for name, (winners, _) in here.items()} == {n: w for n, (w, _) in there.items()}
             for name, (_, scores) in here.items():
                 assert scores == pytest.approx(there[name][1], rel=1e-4)
+
+
+def test_a_process_that_holds_no_row_of_a_layer_in_16_bits_takes_part(tmp_path):
+    """The look whether its P is the state's asked for the largest of no numbers."""
+    one, other = run(tmp_path, 2, narrow_layers, "fsdp2", False, 4, torch.bfloat16)
+    assert one == other

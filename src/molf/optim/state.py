@@ -344,7 +344,8 @@ class MoLFState(Optimizer):
                 expected = torch.empty_like(local(base))
                 self._write_products([self._products(module, expected, base)])
                 rounding = 2**-19 if weight.dtype == expected.dtype else 2**-15  # a GPU multiplies halves of factors
-                yield module.name, local(weight), expected, rounding * float((expected - local(base)).abs().max())
+                moved = (expected - local(base)).abs()
+                yield module.name, local(weight), expected, rounding * float(moved.max()) if moved.numel() else 0.0
 
     def _rewritten(self) -> Iterator[Tensor]:
         return (parameter for parameter, state in self.state.items() if "base" in state)
